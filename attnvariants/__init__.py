@@ -1,0 +1,62 @@
+"""Softmax replacements for attention: one registry, one call, a Hugging Face patcher, diagnostics.
+
+    from attnvariants import attention, patch
+    out = attention(query, key, value, "softpick", causal=True)
+    handle = patch(model, "ssmax", preset="retrofit")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from attnvariants._version import __version__
+from attnvariants.api import attention
+from attnvariants.compat import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    scaled_dot_product_attention,
+)
+from attnvariants.problem import RowStats
+from attnvariants.registry import Option, Rows, Variant, get_variant, list_variants, register
+from attnvariants.varlen import attention_varlen
+
+if TYPE_CHECKING:
+    from attnvariants import diagnostics
+    from attnvariants.hf import Patch, patch, unpatch
+
+
+
+__all__ = [
+    "Option",
+    "Patch",
+    "RowStats",
+    "Rows",
+    "Variant",
+    "__version__",
+    "attention",
+    "attention_varlen",
+    "diagnostics",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "get_variant",
+    "list_variants",
+    "patch",
+    "register",
+    "scaled_dot_product_attention",
+    "unpatch",
+]
+
+_LAZY = {"patch": "hf", "unpatch": "hf", "Patch": "hf"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"attnvariants.{_LAZY[name]}"), name)
+    if name == "diagnostics":
+        return importlib.import_module("attnvariants.diagnostics")
+    raise AttributeError(f"module 'attnvariants' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,155 @@
+"""Validation of a call: one sentence a fault, saying what was expected, what came and the fix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LAYOUTS = {4: "[batch, heads, tokens, head_dim]", 3: "[tokens, heads, head_dim]"}
+
+
+def check_qkv(query: Tensor, key: Tensor, value: Tensor, rank: int = 4) -> None:
+    """Ranks, dtypes, devices, and sizes that must agree, of `rank`-dimensional inputs."""
+    named = {"query": query, "key": key, "value": value}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+        if tensor.dim() != rank:
+            raise ValueError(
+                f"{name} must have {rank} dimensions, {_LAYOUTS[rank]}, "
+                f"got shape {list(tensor.shape)}."
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}; convert it.")
+    for name in ("key", "value"):
+        if named[name].dtype != query.dtype:
+            raise ValueError(
+                f"{name} must have query's dtype {query.dtype}, got {named[name].dtype}; "
+                "convert one of them."
+            )
+        if named[name].device != query.device:
+            raise ValueError(
+                f"{name} must be on query's device {query.device}, got {named[name].device}; "
+                "move one of them."
+            )
+    head, token = (1, 2) if rank == 4 else (1, 0)
+    if rank == 4 and not query.shape[0] == key.shape[0] == value.shape[0]:
+        raise ValueError(
+            "query, key and value must have one batch size, "
+            f"got {query.shape[0]}, {key.shape[0]} and {value.shape[0]}."
+        )
+    if key.shape[head] != value.shape[head]:
+        raise ValueError(
+            f"key and value must have as many heads, got {key.shape[head]} and {value.shape[head]}."
+        )
+    if key.shape[token] != value.shape[token]:
+        raise ValueError(
+            "key and value must have as many tokens, "
+            f"got {key.shape[token]} and {value.shape[token]}."
+        )
+    if key.shape[-1] != query.shape[-1] or not query.shape[-1]:
+        raise ValueError(
+            "query and key must have one head_dim, at least 1, "
+            f"got {query.shape[-1]} and {key.shape[-1]}."
+        )
+    heads, kv_heads = query.shape[head], key.shape[head]
+    if not kv_heads or heads % kv_heads or not heads:
+        raise ValueError(
+            f"key has {kv_heads} heads and query has {heads}; the number of query heads must be a "
+            "positive multiple of the number of key heads."
+        )
+
+
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """`value` as a finite float within bounds."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        between = "" if low == -math.inf else f" >= {low:g}"
+        between += "" if high == math.inf else f" and <= {high:g}"
+        raise ValueError(f"{name} must be a finite number{between}, got {value!r}.")
+    return float(value)
+
+
+def check_window(window_size: Any) -> tuple[int | None, int | None]:
+    """(left, right) with None for unlimited."""
+    if window_size is None:
+        return None, None
+    pair = isinstance(window_size, Sequence) and len(window_size) == 2
+    if not pair or not all(isinstance(w, int) and not isinstance(w, bool) for w in window_size):
+        raise ValueError(
+            f"window_size must be two integers (left, right), -1 for unlimited, got {window_size!r}."
+        )
+    if min(window_size) < -1:
+        raise ValueError(
+            f"window_size must not be negative (but -1, for unlimited), got {tuple(window_size)}."
+        )
+    left, right = (None if size == -1 else size for size in window_size)
+    return left, right
+
+
+def broadcastable(name: str, tensor: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """`tensor` as 4-D, its sizes those of `shape` or 1."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on query's device {device}, got {tensor.device}; move it.")
+    sizes = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
+    if len(sizes) != 4 or any(s not in (1, full) for s, full in zip(sizes, shape, strict=True)):
+        hint = ""
+        if tensor.dim() == 2 and tuple(tensor.shape) == (shape[0], shape[3]):
+            hint = " A key-padding mask [batch, kv_len] goes in as mask[:, None, None, :]."
+        raise ValueError(
+            f"{name} must broadcast to [batch, heads, q_len, kv_len] = {list(shape)}, "
+            f"got shape {list(tensor.shape)}.{hint}"
+        )
+    return tensor.view(sizes)
+
+
+def split_mask(name: str, tensor: Tensor) -> tuple[Tensor | None, Tensor]:
+    """A float mask as (visibility or None, finite bias): -inf and the dtype's minimum hide."""
+    hidden = tensor <= torch.finfo(tensor.dtype).min
+    if not bool(hidden.any()):
+        return None, tensor
+    return ~hidden, tensor.masked_fill(hidden, 0.0)
+
+
+def check_slopes(slopes: Any, batch: int, heads: int, device: torch.device) -> Tensor:
+    """ALiBi slopes as [1 or batch, heads]."""
+    if not isinstance(slopes, Tensor) or not slopes.is_floating_point():
+        raise ValueError("alibi_slopes must be a floating tensor [heads] or [batch, heads].")
+    if slopes.device != device:
+        raise ValueError(
+            f"alibi_slopes must be on query's device {device}, got {slopes.device}; move it."
+        )
+    if tuple(slopes.shape) not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"alibi_slopes must have shape [{heads}] or [{batch}, {heads}], "
+            f"got {list(slopes.shape)}."
+        )
+    return slopes.view(-1, heads)
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Any, tokens: int, of: str) -> list[int]:
+    """The boundaries of packed sequences as integers."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be an int32 or int64 tensor [sequences + 1].")
+    if cu_seqlens.dim() != 1 or not cu_seqlens.numel():
+        raise ValueError(
+            f"{name} must have shape [sequences + 1], got {list(cu_seqlens.shape)}."
+        )
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"{name} must start at 0, got {bounds[0]}.")
+    if any(later < earlier for earlier, later in zip(bounds, bounds[1:], strict=False)):
+        raise ValueError(f"{name} must not decrease, got {bounds}.")
+    if bounds[-1] != tokens:
+        raise ValueError(
+            f"{name} must end at the number of {of} tokens, {tokens}, got {bounds[-1]}."
+        )
+    return bounds

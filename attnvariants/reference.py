@@ -1,0 +1,64 @@
+"""The reference engine: dense, plain, differentiable torch. The oracle of every other engine."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from attnvariants.problem import Problem, RowStats, compute_dtype
+
+
+def weights(query: Tensor, key: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, scores and visibility of a call, each `[batch, heads, q_len, kv_len]`."""
+    geometry = problem.geometry
+    batch, heads, q_len = query.shape[:3]
+    grouped = query.reshape(batch, key.shape[1], -1, q_len, query.shape[-1])
+    scores = problem.scale * (grouped @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
+    if problem.softcap:
+        scores = problem.softcap * torch.tanh(scores / problem.softcap)
+    everything = slice(0, q_len), slice(0, geometry.kv_len)
+    if problem.slopes is not None:
+        distance = geometry.distance(*everything, query.device).abs()
+        scores = scores - problem.slopes[..., None, None] * distance
+    if problem.bias is not None:
+        scores = scores + problem.bias
+    keep = geometry.keep(*everything, query.device)
+    if problem.keep is not None:
+        keep = keep & problem.keep
+    keep = keep.expand(scores.shape)
+    if scores.numel() == 0:
+        return scores, scores, keep
+    blind = (problem.visible == 0).unsqueeze(-1)
+    shown = scores.masked_fill(~keep, problem.hidden).masked_fill(blind, 0.0)
+
+    rows = problem.rows(slice(0, batch), slice(0, heads), everything[0], scores.dtype)
+    numerator, denominator = problem.variant.ratio(shown, rows, **problem.options)
+    if denominator is not None:
+        empty = denominator == 0
+        numerator = numerator.masked_fill(empty, 0.0) / denominator.masked_fill(empty, 1.0)
+    return numerator.masked_fill(~keep, 0.0), scores, keep
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, problem: Problem, want_stats: bool = False
+) -> tuple[Tensor, Tensor, RowStats | None]:
+    """Output, weights (as applied, after dropout) and, if wanted, the row statistics."""
+    dtype = compute_dtype(value)
+    w, scores, keep = weights(query.to(dtype), key.to(dtype), problem)
+    stats = row_stats(w, scores, keep) if want_stats else None
+    if problem.dropout is not None:
+        parts = (slice(0, size) for size in w.shape)
+        w = w * problem.dropout.factor(*parts, like=w)
+    batch, heads, q_len, kv_len = w.shape
+    grouped = w.reshape(batch, value.shape[1], -1, q_len, kv_len)
+    out = (grouped @ value.to(dtype).unsqueeze(2)).flatten(1, 2)
+    return out.to(value.dtype), w, stats
+
+
+def row_stats(w: Tensor, scores: Tensor, keep: Tensor) -> RowStats:
+    """Statistics of rows of weights; `w` is 0 and `scores` anything where `keep` is False."""
+    w, scores = w.detach(), scores.detach().masked_fill(~keep, -math.inf)
+    largest = w.amax(-1) if w.numel() else w.sum(-1)
+    return RowStats(keep.sum(-1), w.sum(-1), largest, scores.logsumexp(-1))

@@ -1,0 +1,266 @@
+"""The registry: the folder `variants/` is the list, one file a variant, named as it is called."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+import pkgutil
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+class Rows(NamedTuple):
+    """What a variant may know about the query rows of one block.
+
+    Attributes:
+        visible: `[batch or 1, heads or 1, rows, 1]`, float: n, the number of keys each row sees.
+        q_len: number of queries of the whole call.
+        kv_len: number of keys of the whole call.
+        offset: row i of the call stands at position `i + offset` among the keys.
+    """
+
+    visible: Tensor
+    q_len: int
+    kv_len: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a variant: its default and what it accepts.
+
+    Attributes:
+        default: value when the caller gives none.
+        doc: one line for `attnvariants show`.
+        choices: strings (or booleans) accepted.
+        number: finite numbers are accepted too.
+        minimum: smallest number accepted.
+        above: numbers must be strictly greater than this.
+        learned: a floating tensor of shape `[]` or `[heads]` is accepted and gets its gradient.
+        from_config: name of the Hugging Face config field that `patch` fills the option from.
+    """
+
+    default: Any
+    doc: str
+    choices: tuple[Any, ...] = ()
+    number: bool = True
+    minimum: float | None = None
+    above: float | None = None
+    learned: bool = False
+    from_config: str | None = None
+
+    def accepts(self) -> str:
+        """What may be given, in words."""
+        words = [repr(choice) for choice in self.choices]
+        if self.number:
+            bound = ""
+            if self.minimum is not None:
+                bound = f" >= {self.minimum:g}"
+            elif self.above is not None:
+                bound = f" > {self.above:g}"
+            words.append(f"a finite number{bound}")
+        if self.learned:
+            words.append("a floating tensor of shape [] or [heads]")
+        return " or ".join(words)
+
+    def check(self, owner: str, name: str, value: Any) -> Any:
+        """Return `value` if it is acceptable, else raise ValueError."""
+        if value is None and self.default is None:
+            return value
+        if isinstance(value, Tensor):
+            if self.learned:
+                return self._check_tensor(owner, name, value)
+            raise ValueError(
+                f"{owner}'s {name} must be {self.accepts()}, got a tensor; it is not learned."
+            )
+        if any(value is choice or (value == choice and isinstance(value, str))
+               for choice in self.choices):  # fmt: skip
+            return value
+        if self.number and isinstance(value, (int, float)) and not isinstance(value, bool):
+            small = self.minimum is not None and value < self.minimum
+            edge = self.above is not None and value <= self.above
+            if math.isfinite(value) and not small and not edge:
+                return value
+        raise ValueError(f"{owner}'s {name} must be {self.accepts()}, got {value!r}.")
+
+    def _check_tensor(self, owner: str, name: str, value: Tensor) -> Tensor:
+        if not value.is_floating_point() or value.dim() > 1:
+            raise ValueError(
+                f"{owner}'s {name} must be {self.accepts()}, "
+                f"got shape {list(value.shape)} of {value.dtype}."
+            )
+        # A device sync a call would cost more than the check is worth: patch() checks there.
+        on_cpu = value.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and not bool(torch.isfinite(value.detach()).all()):
+            raise ValueError(f"{owner}'s {name} holds NaN or infinity; learned values are finite.")
+        return value
+
+
+Ratio = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A replacement for the softmax: `weights = numerator / denominator` of the scores of a row.
+
+    Attributes:
+        doc: the module docstring; its first line is the summary, its first indented block the
+            formula, and it names the source as `arXiv:NNNN.NNNNN`.
+        ratio: `ratio(scores, rows, **options) -> (numerator, denominator)`; scores are
+            `[batch, heads, rows, keys]`, the denominator broadcasts over keys, or is None for 1.
+            Plain differentiable torch: the oracle. Hidden keys come in with the score `hidden`.
+            Rows whose denominator is 0 get zero weights.
+        hidden: the score that stands for "this key is not there", a number or a function of the
+            options; the numerator must be 0 at it and the denominator unchanged by it.
+        options: the variant's own options.
+        inplace: as `ratio`, but may overwrite `scores` and is never differentiated; the chunked
+            engine's forward prefers it.
+        prepare: `prepare(query, key, rows, **options) -> (query, key)`, differentiable, before
+            the product of the two (temperatures, norms, feature maps).
+        scale: default score multiplier; None means 1/sqrt(head_dim). A variant with its own scale
+            is not given a model's.
+        refuses: call features the variant has no meaning for, with the reason.
+        check: `check(rows, options)`, raises ValueError when lengths and options do not agree.
+        row_sum: "one", "at most one" or "any", what a row of weights sums to.
+        nonnegative: whether weights are >= 0.
+        default_learned: learned options that a patched model always gets as parameters.
+        presets: name -> function of the training length -> initial values of learned options.
+        name: registry name, filled in on registration.
+    """
+
+    doc: str | None
+    ratio: Ratio
+    hidden: float | Callable[[Mapping[str, Any]], float] = -math.inf
+    options: Mapping[str, Option] = field(default_factory=lambda: _EMPTY)
+    inplace: Ratio | None = None
+    prepare: Callable[..., tuple[Tensor, Tensor]] | None = None
+    scale: float | None = None
+    refuses: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
+    check: Callable[[Rows, Mapping[str, Any]], None] | None = None
+    row_sum: str = "any"
+    nonnegative: bool = True
+    default_learned: tuple[str, ...] = ()
+    presets: Mapping[str, Callable[[int], dict[str, float]]] = field(
+        default_factory=lambda: _EMPTY
+    )
+    name: str = ""
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return (self.doc or "").strip().split("\n", 1)[0]
+
+    @property
+    def formula(self) -> str:
+        """The first indented block of the docstring."""
+        block = re.search(r"(?:^[ ]{4}.*\n(?:\n(?=[ ]{4}))?)+", (self.doc or "") + "\n", re.M)
+        return "\n".join(line[4:] for line in block[0].rstrip().split("\n")) if block else ""
+
+    @property
+    def arxiv(self) -> str:
+        """arXiv id of the source, or an empty string."""
+        found = re.search(r"arXiv:(\d{4}\.\d{4,5})", self.doc or "")
+        return found[1] if found else ""
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Names of the options that may be learned tensors."""
+        return tuple(name for name, option in self.options.items() if option.learned)
+
+    @property
+    def own_scale(self) -> bool:
+        """Whether the variant fixes its own scale, so that a model's must not be passed."""
+        return self.scale is not None
+
+    def hidden_score(self, options: Mapping[str, Any]) -> float:
+        """The score of a key that is not there, under these options."""
+        return self.hidden(options) if callable(self.hidden) else self.hidden
+
+    def resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """All options of the variant, checked, with defaults filled in.
+
+        Raises:
+            ValueError: an unknown option, or a value that the option does not accept.
+        """
+        unknown = [name for name in options if name not in self.options]
+        if unknown:
+            takes = f"takes {', '.join(self.options)}" if self.options else "takes no options"
+            got = ", ".join(repr(name) for name in unknown)
+            raise ValueError(f"{self.name or 'this variant'} {takes}; got {got}.")
+        return {
+            name: option.check(self.name, name, options[name])
+            if name in options
+            else option.default
+            for name, option in self.options.items()
+        }
+
+
+_registered: dict[str, Variant] = {}
+_loaded: dict[str, Variant] = {}
+
+
+def _shipped() -> list[str]:
+    from attnvariants import variants
+
+    names = (module.name for module in pkgutil.iter_modules(variants.__path__))
+    return [name for name in names if not name.startswith("_")]
+
+
+def list_variants() -> tuple[str, ...]:
+    """Names of all variants, shipped and registered, in alphabetical order."""
+    return tuple(sorted({*_shipped(), *_registered}))
+
+
+def get_variant(name: str | Variant) -> Variant:
+    """The variant of that name; a `Variant` is returned as it is.
+
+    Raises:
+        ValueError: no such variant; the message suggests the nearest name.
+    """
+    if isinstance(name, Variant):
+        return name
+    if not isinstance(name, str):
+        raise ValueError(f"variant must be a name or a Variant, got {type(name).__name__}.")
+    if name in _registered:
+        return _registered[name]
+    if name not in _loaded:
+        known = list_variants()
+        if name not in known:
+            raise ValueError(f"unknown variant {name!r}; {suggest(name, known)}")
+        module = importlib.import_module(f"attnvariants.variants.{name}")
+        _loaded[name] = replace(module.VARIANT, name=name)
+    return _loaded[name]
+
+
+def register(name: str, variant: Variant, *, replace_existing: bool = False) -> Variant:
+    """Add a variant from outside the package; returns it with its name filled in.
+
+    Raises:
+        ValueError: the name is taken or no identifier, or `variant` is not a Variant.
+    """
+    if not isinstance(variant, Variant):
+        raise ValueError(f"register takes a Variant, got {type(variant).__name__}.")
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"a variant's name must be a Python identifier, got {name!r}.")
+    if name in list_variants() and not replace_existing:
+        raise ValueError(
+            f"variant {name!r} exists already; choose another name or pass replace_existing=True."
+        )
+    _registered[name] = replace(variant, name=name)
+    return _registered[name]
+
+
+def suggest(name: str, known: tuple[str, ...] | list[str]) -> str:
+    """`did you mean ...? Known: ...`, for errors about names."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Known: {', '.join(known)}."

@@ -1,0 +1,42 @@
+"""LSSAR: LSSA sharpened by keeping only the keys that stand out of their row, to a power p.
+
+    w_j = r_j^p / sum_k r_k^p,    r_j = relu(n a_j - o),    a = LSSA weights of the row
+
+o is `offset`, or 0 for rows with n <= `exempt_rows`. The power is taken in the log domain without
+any eps, so p = 15 neither underflows nor overflows. A row in which no key stands out gets no
+weight; the others sum to one.
+Source: Gao et al., 2025, arXiv:2501.13428 (version 5).
+"""
+
+import math
+
+import torch
+
+from attnvariants.registry import Option, Variant
+from attnvariants.variants._shared import scaled_cosine, softplus_ratio
+
+
+def ratio(scores, rows, *, p, offset, exempt_rows):
+    weight, total = softplus_ratio(scores)
+    u = weight * (rows.visible / total)
+    raised = torch.where(rows.visible <= exempt_rows, u, u - offset)
+    # below tiny the power is 0, but its derivative would divide by a number that underflows
+    alive = raised > torch.finfo(raised.dtype).tiny
+    log_r = torch.where(alive, raised, 1.0).log().masked_fill(~alive, -math.inf)
+    peak = log_r.amax(-1, keepdim=True).detach()
+    e = (p * (log_r - peak.masked_fill(peak.isneginf(), 0.0))).exp()
+    return e, e.sum(-1, keepdim=True)
+
+
+VARIANT = Variant(
+    doc=__doc__,
+    ratio=ratio,
+    prepare=scaled_cosine,
+    scale=1.0,
+    row_sum="at most one",
+    options={
+        "p": Option(15.0, "power of the re-weighting (3 is best at the trained length)", above=0.0),
+        "offset": Option(1.0, "what a key must exceed, in units of the row's mean", minimum=0.0),
+        "exempt_rows": Option(3, "rows that see at most so many keys have offset 0", minimum=0),
+    },
+)

@@ -1,0 +1,58 @@
+"""ReLU divided by length, and its pointwise siblings: no normaliser over the row.
+
+    w_j = h(s_j) / L^power
+
+h is `act`; L is the number of visible keys of the row (`length="visible"`, the same in prefill and
+in cached decoding), the number of keys of the call ("kv", the paper's), or a fixed number.
+Rows sum to anything. With "visible" the first rows of a causal model divide by 1, 2, ... and can
+grow large; a fixed number avoids that.
+Source: Wortsman et al., 2023, arXiv:2309.08586.
+"""
+
+import math
+
+import torch.nn.functional as F
+
+from attnvariants.registry import Option, Variant
+
+# name: (function, in-place function or None, score of a hidden key)
+ACTIVATIONS = {
+    "relu": (F.relu, F.relu_, 0.0),
+    "relu2": (lambda x: F.relu(x).square(), lambda x: F.relu_(x).square_(), 0.0),
+    "relu6": (F.relu6, lambda x: x.clamp_(0, 6), 0.0),
+    "softplus": (lambda x: F.softplus(x, threshold=40), None, -math.inf),
+    "sigmoid": (lambda x: x.sigmoid(), lambda x: x.sigmoid_(), -math.inf),
+    "gelu": (F.gelu, None, 0.0),
+    "silu": (F.silu, None, 0.0),
+    "identity": (lambda x: x, lambda x: x, 0.0),
+}
+
+
+def length_power(rows, length, power):
+    if length == "visible":
+        return rows.visible.clamp(min=1) ** power
+    size = rows.kv_len if length == "kv" else length
+    return rows.visible.new_full((), float(size)) ** power
+
+
+def ratio(scores, rows, *, act, length, power):
+    return ACTIVATIONS[act][0](scores), length_power(rows, length, power)
+
+
+def inplace(scores, rows, *, act, length, power):
+    out_of_place, in_place, _ = ACTIVATIONS[act]
+    return (in_place or out_of_place)(scores), length_power(rows, length, power)
+
+
+VARIANT = Variant(
+    doc=__doc__,
+    ratio=ratio,
+    inplace=inplace,
+    hidden=lambda options: ACTIVATIONS[options["act"]][2],
+    nonnegative=False,
+    options={
+        "act": Option("relu", "pointwise function", choices=tuple(ACTIVATIONS), number=False),
+        "length": Option("visible", "what to divide by", choices=("visible", "kv"), above=0.0),
+        "power": Option(1.0, "exponent of the length"),
+    },
+)

@@ -1,0 +1,1 @@
+"""Triton kernels of attnvariants. None yet: `impl="chunked"` runs everywhere meanwhile."""

@@ -1,0 +1,203 @@
+"""Every variant x every part of the contract x both engines, against row-by-row oracles."""
+
+import oracles
+import pytest
+import torch
+
+import attnvariants
+from attnvariants import attention, chunked
+
+ENGINES = ["reference", "chunked"]
+SETTINGS = {
+    "softmax": [{}],
+    "ssmax": [{"learn": True}, {"s": 0.4, "b": 0.3}],
+    "softpick": [{}, {"eps": 1e-3}],
+    "lssa": [{}],
+    "lssar": [{}, {"p": 3.0}, {"p": 2.0, "offset": 0.5}, {"p": 1.5, "offset": 0.0}],
+    "sa_softmax": [{}, {"form": "x"}, {"detach_minmax": True}],
+    "relu": [
+        {}, {"act": "relu2"}, {"act": "softplus", "length": "kv"}, {"act": "gelu", "length": 7},
+        {"act": "sigmoid", "power": 0.5}, {"act": "silu"}, {"act": "relu6"}, {"act": "identity"},
+    ],
+    "sparsemax": [{}],
+    "cosformer": [{}, {"max_len": 64}],
+}  # fmt: skip
+CELLS = [(name, options) for name, settings in SETTINGS.items() for options in settings]
+IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in o.items()) or 'default'}" for name, o in CELLS]
+
+
+def test_every_variant_is_covered():
+    assert set(SETTINGS) == set(attnvariants.list_variants())
+
+
+def make(batch=2, heads=2, kv_heads=2, q_len=7, kv_len=7, dim=8, value_dim=8, seed=0, size=1.0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * size
+
+    return (
+        normal(batch, heads, q_len, dim),
+        normal(batch, kv_heads, kv_len, dim),
+        normal(batch, kv_heads, kv_len, value_dim),
+    )
+
+
+def visible(q_len, kv_len, causal=False, window_size=None):
+    """[q_len, kv_len], by definition, bottom-right aligned."""
+    keep = torch.ones(q_len, kv_len, dtype=torch.bool)
+    left, right = window_size or (-1, -1)
+    for i in range(q_len):
+        for j in range(kv_len):
+            position = i + kv_len - q_len
+            if causal and j > position:
+                keep[i, j] = False
+            if left >= 0 and j < position - left:
+                keep[i, j] = False
+            if right >= 0 and j > position + right:
+                keep[i, j] = False
+    return keep
+
+
+def pad(*lengths_of, kv_len, left):
+    keep = torch.zeros(len(lengths_of), 1, 1, kv_len, dtype=torch.bool)
+    for row, length in enumerate(lengths_of):
+        keep[row, ..., kv_len - length :] = left
+        keep[row, ..., :length] |= not left
+    return keep
+
+
+def random(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def dead_rows(q_len, kv_len):
+    keep = random(2, 2, q_len, kv_len, seed=5) > 0
+    keep[0, 0, 2] = False
+    keep[1, :, 0] = False
+    return keep
+
+
+# name: (sizes, call)
+CASES = {
+    "full": ({}, {}),
+    "causal": ({}, {"causal": True}),
+    "cache": ({"q_len": 3}, {"causal": True}),
+    "decode": ({"q_len": 1}, {"causal": True}),
+    "more_queries": ({"q_len": 9, "kv_len": 5}, {"causal": True}),
+    "length_one": ({"q_len": 1, "kv_len": 1}, {"causal": True}),
+    "window": ({"q_len": 8, "kv_len": 11}, {"window_size": (2, 1)}),
+    "causal_window": ({"q_len": 9, "kv_len": 9}, {"window_size": (3, 0), "causal": True}),
+    "left_window": ({"q_len": 9, "kv_len": 4}, {"window_size": (1, -1)}),
+    "left_pad": ({}, {"attn_mask": pad(7, 3, kv_len=7, left=True), "causal": True}),
+    "right_pad": ({}, {"attn_mask": pad(4, 7, kv_len=7, left=False)}),
+    "mask": ({}, {"attn_mask": dead_rows(7, 7)}),
+    "mask_heads_window": (
+        {"q_len": 5}, {"attn_mask": dead_rows(5, 7)[:1], "causal": True, "window_size": (3, -1)}
+    ),
+    "float_mask": ({}, {"attn_mask": random(1, 2, 7, 7).masked_fill(~dead_rows(7, 7)[:1],
+                                                                   -torch.inf)}),
+    "bias": ({"q_len": 4}, {"bias": random(2, 2, 4, 7), "causal": True}),
+    "bias_broadcast": ({}, {"bias": random(1, 2, 1, 7)}),
+    "alibi": ({"q_len": 5}, {"alibi_slopes": random(2).abs(), "causal": True}),
+    "alibi_batch": ({}, {"alibi_slopes": random(2, 2).abs()}),
+    "softcap": ({}, {"softcap": 1.5, "causal": True}),
+    "gqa": ({"heads": 6, "kv_heads": 2, "q_len": 5}, {"causal": True}),
+    "mqa": ({"heads": 3, "kv_heads": 1}, {"attn_mask": dead_rows(7, 7)[:, :1]}),
+    "value_dim": ({"dim": 6, "value_dim": 3}, {"causal": True}),
+    "scale": ({}, {"scale": 0.7}),
+    "together": (
+        {"heads": 4, "q_len": 5, "kv_len": 8, "value_dim": 5},
+        {"causal": True, "window_size": (5, 0), "softcap": 2.0, "bias": random(2, 4, 5, 8),
+         "attn_mask": random(2, 1, 1, 8, seed=3) > -1, "scale": 0.4},
+    ),
+}  # fmt: skip
+
+
+def call_of(name, options, sizes, call):
+    """Leaves (query, key, value, bias, slopes, learned) and the two calls over them."""
+    q, k, v = make(**sizes)
+    leaves = {"query": q, "key": k, "value": v}
+    options = dict(options)
+    heads = q.shape[1]
+    if options.pop("learn", False):
+        leaves["s"] = random(heads, seed=7) * 0.2 + 0.7
+        leaves["b"] = random(heads, seed=8) * 0.2
+    for extra in ("bias", "alibi_slopes"):
+        if extra in call:
+            leaves[extra] = call[extra]
+    rest = {k: v for k, v in call.items() if k not in leaves}
+    return {k: v.clone().requires_grad_() for k, v in leaves.items()}, {**rest, **options}
+
+
+def by_oracle(name, leaves, rest):
+    q, k, v = leaves["query"], leaves["key"], leaves["value"]
+    shape = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    rest = dict(rest)
+    keep = visible(*shape[2:], rest.pop("causal", False), rest.pop("window_size", None))
+    bias, mask = leaves.get("bias"), rest.pop("attn_mask", None)
+    if mask is not None and mask.dtype != torch.bool:
+        keep, bias, mask = keep & (mask > -torch.inf), mask, None
+    if mask is not None:
+        keep = keep & mask
+    slopes = leaves.get("alibi_slopes")
+    learned = {name: leaves[name] for name in ("s", "b") if name in leaves}
+    return oracles.attention(
+        q, k, v, name, keep=keep.expand(shape),
+        bias=None if bias is None else bias.expand(shape),
+        slopes=None if slopes is None else slopes.expand(shape[0], shape[1]), **learned, **rest,
+    )  # fmt: skip
+
+
+def refused(name, call):
+    variant = attnvariants.get_variant(name)
+    mask = call.get("attn_mask")
+    float_mask = mask is not None and mask.dtype != torch.bool
+    return [f for f in variant.refuses if f in call or (f == "bias" and float_mask)]
+
+
+def assert_close(got, want, tolerance, what):
+    error = float((got.detach().double() - want.detach()).abs().max()) if want.numel() else 0.0
+    size = max(1.0, float(want.detach().abs().max())) if want.numel() else 1.0
+    assert torch.isfinite(got).all(), f"{what} is not finite"
+    assert error <= tolerance * size, f"{what}: {error:.2e} over {size:.2e}"
+
+
+@pytest.mark.parametrize(("name", "options"), CELLS, ids=IDS)
+@pytest.mark.parametrize("case", CASES)
+def test_against_the_oracle(name, options, case, monkeypatch):
+    # small blocks, so that every call has several of them in every direction
+    monkeypatch.setattr(chunked, "_BLOCK_ROWS", 2)
+    monkeypatch.setattr(chunked, "_BLOCK_SCORES", 48)
+    sizes, call = CASES[case]
+    leaves, rest = call_of(name, options, sizes, call)
+    if refused(name, call):
+        with pytest.raises(ValueError, match="takes no"):
+            attention(**leaves, variant=name, **rest)
+        return
+    want = by_oracle(name, leaves, rest)
+    grad_out = random(*want.shape, seed=9)
+    # retain zeros where an input plays no part, e.g. a single key
+    wanted = torch.autograd.grad(want, list(leaves.values()), grad_out, allow_unused=True)
+    for impl in ENGINES:
+        got = attention(**leaves, variant=name, impl=impl, **rest)
+        assert got.shape == want.shape
+        assert_close(got, want, 1e-9, f"{impl} out")
+        grads = torch.autograd.grad(got, list(leaves.values()), grad_out, allow_unused=True)
+        for leaf, grad, expected in zip(leaves, grads, wanted, strict=True):
+            expected = torch.zeros_like(leaves[leaf]) if expected is None else expected
+            grad = torch.zeros_like(leaves[leaf]) if grad is None else grad
+            assert_close(grad, expected, 1e-9, f"{impl} gradient of {leaf}")
+
+    small = {key: tensor.detach().float().requires_grad_() for key, tensor in leaves.items()}
+    rest32 = {
+        key: item.float() if torch.is_tensor(item) and item.is_floating_point() else item
+        for key, item in rest.items()
+    }
+    got = attention(**small, variant=name, impl="chunked", **rest32)
+    assert got.dtype == torch.float32
+    assert_close(got, want, 2e-5, "float32 out")
+    grads = torch.autograd.grad(got, list(small.values()), grad_out.float(), allow_unused=True)
+    for leaf, grad, expected in zip(leaves, grads, wanted, strict=True):
+        if expected is not None:
+            assert_close(grad, expected, 2e-5, f"float32 gradient of {leaf}")
