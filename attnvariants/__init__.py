@@ -1,8 +1,8 @@
 """Softmax replacements for attention: one registry, one call, a Hugging Face patcher, diagnostics.
 
-    from attnvariants import attention, patch
-    out = attention(query, key, value, "softpick", causal=True)
-    handle = patch(model, "ssmax", preset="retrofit")
+from attnvariants import attention, patch
+out = attention(query, key, value, "softpick", causal=True)
+handle = patch(model, "ssmax", preset="retrofit")
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from attnvariants.varlen import attention_varlen
 if TYPE_CHECKING:
     from attnvariants import diagnostics
     from attnvariants.hf import Patch, patch, unpatch
-
 
 
 __all__ = [

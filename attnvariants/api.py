@@ -261,9 +261,7 @@ def _per_head(
     return value.view(-1, 1, 1)
 
 
-def _count(
-    geometry: Geometry, keep: Tensor | None, device: torch.device
-) -> tuple[Tensor, bool]:
+def _count(geometry: Geometry, keep: Tensor | None, device: torch.device) -> tuple[Tensor, bool]:
     """Visible keys of each row, and whether some row sees none."""
     if keep is None:
         visible = geometry.counts(device).view(1, 1, -1)

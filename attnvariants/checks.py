@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -98,7 +99,9 @@ def broadcastable(name: str, tensor: Any, shape: tuple[int, ...], device: torch.
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
     if tensor.device != device:
-        raise ValueError(f"{name} must be on query's device {device}, got {tensor.device}; move it.")
+        raise ValueError(
+            f"{name} must be on query's device {device}, got {tensor.device}; move it."
+        )
     sizes = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
     if len(sizes) != 4 or any(s not in (1, full) for s, full in zip(sizes, shape, strict=True)):
         hint = ""
@@ -140,13 +143,11 @@ def check_cu_seqlens(name: str, cu_seqlens: Any, tokens: int, of: str) -> list[i
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be an int32 or int64 tensor [sequences + 1].")
     if cu_seqlens.dim() != 1 or not cu_seqlens.numel():
-        raise ValueError(
-            f"{name} must have shape [sequences + 1], got {list(cu_seqlens.shape)}."
-        )
+        raise ValueError(f"{name} must have shape [sequences + 1], got {list(cu_seqlens.shape)}.")
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
         raise ValueError(f"{name} must start at 0, got {bounds[0]}.")
-    if any(later < earlier for earlier, later in zip(bounds, bounds[1:], strict=False)):
+    if any(later < earlier for earlier, later in pairwise(bounds)):
         raise ValueError(f"{name} must not decrease, got {bounds}.")
     if bounds[-1] != tokens:
         raise ValueError(

@@ -142,7 +142,7 @@ class _Part:
             return
         block, geometry = self.block, self.problem.geometry
         for edge in geometry.edges(block.rows, block.cols):
-            hidden = ~geometry.keep(block.rows, edge, tensor.device)
+            hidden = geometry.hidden_edge(block.rows, edge, tensor.device)
             start = edge.start - block.cols.start
             tensor[..., start : start + edge.stop - edge.start].masked_fill_(hidden, value)
 
@@ -158,12 +158,10 @@ class _Part:
             for name, value in self.problem.options.items()
         }
 
-    def ratio(
-        self, shown: Tensor, options: Mapping[str, Any], inplace: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def ratio(self, shown: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Numerator and a denominator that is nowhere 0."""
         variant = self.problem.variant
-        formula = variant.inplace if inplace and variant.inplace is not None else variant.ratio
+        formula = variant.ratio if variant.fused is None else variant.fused
         numerator, denominator = formula(shown, self.rows, **options)
         if denominator is not None:
             denominator = denominator.masked_fill(denominator == 0, 1.0)
@@ -218,7 +216,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Ten
     out = v.new_zeros(batch, heads, q_len, v.shape[-1])
     for block in _blocks(batch, k.shape[1], heads // k.shape[1], problem):
         part = _Part(block, q, k, problem)
-        numerator, denominator = part.ratio(part.shown(), part.options(), inplace=True)
+        numerator, denominator = part.ratio(part.shown(), part.options())
         numerator = block.group(part.drop(numerator))
         result = block.ungroup(torch.matmul(numerator, block.keys(v)))
         target = block.queries(out)
@@ -248,9 +246,7 @@ def _backward(
             options = part.options()
         leaves = {name: options[name].detach().requires_grad_() for name in into.learned}
         with torch.enable_grad():
-            numerator, denominator = part.ratio(
-                shown.requires_grad_(), {**options, **leaves}, inplace=False
-            )
+            numerator, denominator = part.ratio(shown.requires_grad_(), {**options, **leaves})
         with torch.no_grad():
             # out = dropped numerator @ value / denominator
             d_out, o = block.queries(grad_out), block.queries(out)
@@ -333,7 +329,7 @@ def weight_blocks(query: Tensor, key: Tensor, problem: Problem) -> Iterator[Weig
         with torch.no_grad():
             part = _Part(block, q, k, problem)
             scores = part.scores.clone()
-            numerator, denominator = part.ratio(part.shown(), part.options(), inplace=True)
+            numerator, denominator = part.ratio(part.shown(), part.options())
             if denominator is not None:
                 numerator = numerator.div_(denominator)
             part._hide(numerator, 0.0)

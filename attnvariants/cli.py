@@ -101,9 +101,9 @@ def _markdown(variants: list[Variant]) -> str:
             f"`{variant.name}`",
             variant.summary.rstrip(".").replace("|", "\\|"),
             variant.row_sum,
-            learned or "–",
-            options or "–",
-            source if variant.arxiv else "–",
+            learned or "none",
+            options or "none",
+            source if variant.arxiv else "none",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -148,7 +148,7 @@ def show(variant: Annotated[str, typer.Argument(help="Name of a variant, see `li
 def diagnose(
     model: Annotated[Path, typer.Argument(help="Model folder, with a tokenizer; on disk.")],
     variant: Annotated[
-        str | None, typer.Option(help="Also measure the model with this variant in.")
+        str | None, typer.Option(help="Also measure the model with this variant put in, untrained.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="Preset of the variant's values.")] = None,
     option: Annotated[
@@ -202,6 +202,8 @@ def _diagnose(
     json_path, plot_path = outputs
     for path in outputs:
         _check_writable(path)
+    if plot_path is not None:
+        _check_picture(plot_path)
 
     from attnvariants.diagnostics import local
     from attnvariants.diagnostics.metrics import check_threshold
@@ -219,8 +221,17 @@ def _diagnose(
     transformers.logging.disable_progress_bar()
     tokenizer = local.load_tokenizer(folder)
     ids = local.text_windows(tokenizer, text, window, windows)
-    model = local.load_model(folder)
+    model, missing = local.load_model(folder)
     local.check_fits(model, ids)
+    if missing:
+        typer.echo(
+            f"warning: {folder} lacks {len(missing)} of the model's weights, which are random "
+            f"now: {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}",
+            err=True,
+        )
+    if variant is not None:
+        # bad options are found before anything is measured
+        patch(model, variant, **settings).unpatch()
 
     def measure(label: str) -> Any:
         with _progress(label, len(ids)) as advance:
@@ -292,12 +303,25 @@ def _check_writable(path: Path | None) -> None:
         raise ValueError(f"{path} cannot be written: {error.strerror}.") from None
 
 
+def _check_picture(path: Path) -> None:
+    """Raise ValueError unless matplotlib can write a picture of that ending."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix[1:].lower() not in known:
+        raise ValueError(
+            f"matplotlib writes no {path.suffix or 'file without an ending'}; give {path.stem} "
+            f"one of the endings {', '.join(known)}."
+        )
+
+
 @contextmanager
 def _progress(label: str, total: int) -> Iterator[Any]:
     """A progress bar on stderr, gone when done; yields a function (done, total)."""
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=total)
         yield lambda done, _: bar.update(task, completed=done)
 

@@ -40,9 +40,7 @@ class Dropout:
     q_len: int
     kv_len: int
 
-    def factor(
-        self, batch: slice, heads: slice, rows: slice, cols: slice, like: Tensor
-    ) -> Tensor:
+    def factor(self, batch: slice, heads: slice, rows: slice, cols: slice, like: Tensor) -> Tensor:
         """`[batch, heads, rows, cols]`: 0 where dropped, 1 / (1 - p) where kept."""
         if self.p >= 1:
             return torch.zeros((), dtype=like.dtype, device=like.device)

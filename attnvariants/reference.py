@@ -14,7 +14,7 @@ def weights(query: Tensor, key: Tensor, problem: Problem) -> tuple[Tensor, Tenso
     """Weights, scores and visibility of a call, each `[batch, heads, q_len, kv_len]`."""
     geometry = problem.geometry
     batch, heads, q_len = query.shape[:3]
-    grouped = query.reshape(batch, key.shape[1], -1, q_len, query.shape[-1])
+    grouped = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
     scores = problem.scale * (grouped @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
     if problem.softcap:
         scores = problem.softcap * torch.tanh(scores / problem.softcap)
@@ -51,8 +51,7 @@ def attention(
     if problem.dropout is not None:
         parts = (slice(0, size) for size in w.shape)
         w = w * problem.dropout.factor(*parts, like=w)
-    batch, heads, q_len, kv_len = w.shape
-    grouped = w.reshape(batch, value.shape[1], -1, q_len, kv_len)
+    grouped = w.unflatten(1, (value.shape[1], w.shape[1] // value.shape[1]))
     out = (grouped @ value.to(dtype).unsqueeze(2)).flatten(1, 2)
     return out.to(value.dtype), w, stats
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def attention_varlen(
         ("max_seqlen_q", max_seqlen_q, bounds_q),
         ("max_seqlen_k", max_seqlen_k, bounds_k),
     ):
-        longest = max((b - a for a, b in zip(bounds, bounds[1:], strict=False)), default=0)
+        longest = max((b - a for a, b in pairwise(bounds)), default=0)
         if limit is not None and longest > limit:
             raise ValueError(f"{name} is {limit}, but a sequence has {longest} tokens.")
     if alibi_slopes is not None:

@@ -8,11 +8,17 @@ Source: Gao et al., 2025, arXiv:2501.13428 (version 5).
 """
 
 from attnvariants.registry import Variant
-from attnvariants.variants._shared import scaled_cosine, softplus_ratio
+from attnvariants.variants._shared import scaled_cosine, softplus_fused, softplus_ratio
 
 
 def ratio(scores, rows):
     return softplus_ratio(scores)
 
 
-VARIANT = Variant(doc=__doc__, ratio=ratio, prepare=scaled_cosine, scale=1.0, row_sum="one")
+def fused(scores, rows):
+    return softplus_fused(scores)
+
+
+VARIANT = Variant(
+    doc=__doc__, ratio=ratio, fused=fused, prepare=scaled_cosine, scale=1.0, row_sum="one"
+)

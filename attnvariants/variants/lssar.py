@@ -13,7 +13,7 @@ import math
 import torch
 
 from attnvariants.registry import Option, Variant
-from attnvariants.variants._shared import scaled_cosine, softplus_ratio
+from attnvariants.variants._shared import scaled_cosine, softplus_fused, softplus_ratio
 
 
 def ratio(scores, rows, *, p, offset, exempt_rows):
@@ -28,9 +28,33 @@ def ratio(scores, rows, *, p, offset, exempt_rows):
     return e, e.sum(-1, keepdim=True)
 
 
+def fused(scores, rows, *, p, offset, exempt_rows):
+    if p < 1 or p > 64 or p != int(p):
+        return ratio(scores, rows, p=p, offset=offset, exempt_rows=exempt_rows)
+    weight, total = softplus_fused(scores)
+    lowered = offset * (rows.visible > exempt_rows)
+    r = (weight * (rows.visible / total) - lowered).relu()
+    # divided by its maximum r^p cannot overflow, and whole powers need no logarithm
+    peak = r.amax(-1, keepdim=True).detach()
+    power = whole_power(r / torch.where(peak > 0, peak, 1.0), int(p))
+    return power, power.sum(-1, keepdim=True)
+
+
+def whole_power(x, p):
+    """x^p by squaring, for a whole p >= 1."""
+    result = None
+    while p:
+        if p % 2:
+            result = x if result is None else result * x
+        p //= 2
+        x = x * x if p else x
+    return result
+
+
 VARIANT = Variant(
     doc=__doc__,
     ratio=ratio,
+    fused=fused,
     prepare=scaled_cosine,
     scale=1.0,
     row_sum="at most one",

@@ -11,19 +11,25 @@ Source: Wortsman et al., 2023, arXiv:2309.08586.
 
 import math
 
+import torch
 import torch.nn.functional as F
 
 from attnvariants.registry import Option, Variant
 
-# name: (function, in-place function or None, score of a hidden key)
+
+def _softplus(x):
+    return F.softplus(x, threshold=40)
+
+
+# name: (function, its in-place form, score of a hidden key)
 ACTIVATIONS = {
     "relu": (F.relu, F.relu_, 0.0),
     "relu2": (lambda x: F.relu(x).square(), lambda x: F.relu_(x).square_(), 0.0),
     "relu6": (F.relu6, lambda x: x.clamp_(0, 6), 0.0),
-    "softplus": (lambda x: F.softplus(x, threshold=40), None, -math.inf),
-    "sigmoid": (lambda x: x.sigmoid(), lambda x: x.sigmoid_(), -math.inf),
-    "gelu": (F.gelu, None, 0.0),
-    "silu": (F.silu, None, 0.0),
+    "softplus": (_softplus, _softplus, -math.inf),
+    "sigmoid": (torch.sigmoid, torch.sigmoid_, -math.inf),
+    "gelu": (F.gelu, F.gelu, 0.0),
+    "silu": (F.silu, F.silu, 0.0),
     "identity": (lambda x: x, lambda x: x, 0.0),
 }
 
@@ -39,15 +45,15 @@ def ratio(scores, rows, *, act, length, power):
     return ACTIVATIONS[act][0](scores), length_power(rows, length, power)
 
 
-def inplace(scores, rows, *, act, length, power):
-    out_of_place, in_place, _ = ACTIVATIONS[act]
-    return (in_place or out_of_place)(scores), length_power(rows, length, power)
+def fused(scores, rows, *, act, length, power):
+    apply = ACTIVATIONS[act][0 if scores.requires_grad else 1]
+    return apply(scores), length_power(rows, length, power)
 
 
 VARIANT = Variant(
     doc=__doc__,
     ratio=ratio,
-    inplace=inplace,
+    fused=fused,
     hidden=lambda options: ACTIVATIONS[options["act"]][2],
     nonnegative=False,
     options={

@@ -15,7 +15,7 @@ Source: Zheng et al., 2025, arXiv:2502.18277.
 import torch
 
 from attnvariants.registry import Option, Variant
-from attnvariants.variants._shared import exp_ratio
+from attnvariants.variants._shared import exp_fused, exp_ratio
 
 # the authors' constant, kept so that trained models carry over
 _EPS = 1e-10
@@ -31,22 +31,22 @@ def ratio(scores, rows, *, form, detach_minmax):
     low = source.amin(-1, keepdim=True).clamp(max=0)
     high = source.amax(-1, keepdim=True).clamp(min=0)
     width = high - low
-    y = (x - low) / (width + _EPS)
-    return (y * e).masked_fill(width == 0, 0.0), total
+    alive = (width > 0) / (width + _EPS)
+    return (x - low) * e * alive, total
 
 
-def inplace(scores, rows, *, form, detach_minmax):
+def fused(scores, rows, *, form, detach_minmax):
     if form != "x":
         return ratio(scores, rows, form=form, detach_minmax=detach_minmax)
-    e = (scores - scores.amax(-1, keepdim=True)).exp_()
-    lowest = torch.finfo(scores.dtype).min
-    return scores.clamp_(min=lowest).mul_(e), e.sum(-1, keepdim=True)
+    x = scores.clamp(min=torch.finfo(scores.dtype).min)
+    e, total = exp_fused(scores)
+    return (x * e if scores.requires_grad else x.mul_(e)), total
 
 
 VARIANT = Variant(
     doc=__doc__,
     ratio=ratio,
-    inplace=inplace,
+    fused=fused,
     nonnegative=False,
     options={
         "form": Option("minmax0", "factor of the softmax", choices=("x", "minmax0"), number=False),

@@ -7,15 +7,15 @@ Source: Vaswani et al., 2017, arXiv:1706.03762.
 """
 
 from attnvariants.registry import Variant
-from attnvariants.variants._shared import exp_ratio, exp_ratio_inplace
+from attnvariants.variants._shared import exp_fused, exp_ratio
 
 
 def ratio(scores, rows):
     return exp_ratio(scores)
 
 
-def inplace(scores, rows):
-    return exp_ratio_inplace(scores)
+def fused(scores, rows):
+    return exp_fused(scores)
 
 
-VARIANT = Variant(doc=__doc__, ratio=ratio, inplace=inplace, row_sum="one")
+VARIANT = Variant(doc=__doc__, ratio=ratio, fused=fused, row_sum="one")

@@ -10,9 +10,12 @@ Source: Zuhri et al., 2025, arXiv:2504.20966.
 import torch
 
 from attnvariants.registry import Option, Variant
+from attnvariants.variants._shared import LOG2E
 
 # Below this score e^s cannot overflow float32, so no shift by the maximum is needed.
 _UNSHIFTED = 60.0
+# Where a row's largest score is above this, e^s - 1 loses nothing that counts to cancellation.
+_CANCELS = 0.5
 
 
 def ratio(scores, rows, *, eps):
@@ -22,21 +25,27 @@ def ratio(scores, rows, *, eps):
     return torch.where(scores > 0, size, 0.0), size.sum(-1, keepdim=True) + eps
 
 
-def inplace(scores, rows, *, eps):
-    peak = scores.amax(-1, keepdim=True).clamp(min=0)
+def fused(scores, rows, *, eps):
+    peak = scores.amax(-1, keepdim=True).detach()
     if float(peak.max()) > _UNSHIFTED:
         return ratio(scores, rows, eps=eps)
-    x = scores.expm1_()
+    if float(peak.min()) < _CANCELS:
+        x = scores.expm1() if scores.requires_grad else scores.expm1_()
+    elif scores.requires_grad:
+        x = (scores * LOG2E).exp2() - 1
+    else:
+        x = scores.mul_(LOG2E).exp2_().sub_(1)
     total = x.sum(-1, keepdim=True)
-    positive = x.relu_()
+    positive = x.relu() if scores.requires_grad else x.relu_()
     # sum |x| = 2 sum relu(x) - sum x
-    return positive, 2 * positive.sum(-1, keepdim=True) - total + eps * peak.exp()
+    mass = 2 * positive.sum(-1, keepdim=True) - total
+    return positive, mass + eps * peak.clamp(min=0).exp()
 
 
 VARIANT = Variant(
     doc=__doc__,
     ratio=ratio,
-    inplace=inplace,
+    fused=fused,
     hidden=0.0,
     row_sum="at most one",
     options={"eps": Option(1e-6, "added to the scaled denominator", above=0.0)},

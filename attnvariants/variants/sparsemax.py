@@ -18,47 +18,53 @@ _DENSE_SHARE = 0.2
 def threshold(z):
     """tau of each row of z, whose maximum is 0: Newton's method from -1 upwards, which is exact.
 
-    Only keys above -1 can be in the support, so they are gathered once where they are few.
+    The support only shrinks, so it is found when its size stays. Keys at or below -1 are never in
+    it; where few are above, they are gathered once and the dense rows are not read again.
     """
-    shape = z.shape[:-1]
     flat = z.reshape(-1, z.shape[-1])
-    candidate = flat > -1
-    row, column = candidate.nonzero(as_tuple=True)
+    tau = flat.new_full(flat.shape[:1], -1.0)
+    row, column = (flat > -1).nonzero(as_tuple=True)
     if row.numel() > _DENSE_SHARE * flat.numel():
-        return _newton(flat, lambda part: part.sum(-1)).view(*shape, 1)
-    size = flat.shape[0]
+        candidates = flat.clamp(min=-1)
 
-    def fold(part):
-        return part.new_zeros(size).index_add_(0, row, part)
+        def spread(rows):
+            return rows.unsqueeze(-1)
 
-    return _newton(flat[row, column], fold, row).view(*shape, 1)
+        def fold(part):
+            return part.sum(-1)
+    else:
+        candidates = flat[row, column]
 
+        def spread(rows):
+            return rows[row]
 
-def _newton(z, fold, row=None):
-    tau, support = None, None
+        def fold(part):
+            return torch.zeros_like(tau).index_add_(0, row, part)
+
+    size = torch.zeros_like(tau)
     while True:
-        if tau is None:
-            inside = z > -1
-        else:
-            inside = z > (tau.unsqueeze(-1) if row is None else tau[row])
-        count = fold(inside.to(z.dtype))
-        if support is not None and torch.equal(count, support):
-            return tau
-        support = count
-        tau = (fold(torch.where(inside, z, 0.0)) - 1) / count
+        inside = (candidates > spread(tau)).to(z.dtype)
+        found = fold(inside)
+        if torch.equal(found, size):
+            return tau.view(*z.shape[:-1], 1)
+        size = found
+        tau = (fold(candidates * inside) - 1) / size
 
 
 def ratio(scores, rows):
     z = scores - scores.amax(-1, keepdim=True).detach()
-    inside = z > threshold(z)
-    # One Newton step at the solution: the same tau, and its exact gradient.
-    tau = (torch.where(inside, z, 0.0).sum(-1, keepdim=True) - 1) / inside.sum(-1, keepdim=True)
-    return torch.where(inside, z - tau, 0.0).clamp(min=0), None
+    inside = (z > threshold(z)).to(z.dtype)
+    # One Newton step at the solution: the same tau, and its exact gradient. Keys at -inf, whose
+    # product with 0 would be NaN, are outside wherever -1 is.
+    total = (z.clamp(min=-1) * inside).sum(-1, keepdim=True)
+    return (z - (total - 1) / inside.sum(-1, keepdim=True)).relu(), None
 
 
-def inplace(scores, rows):
+def fused(scores, rows):
+    if scores.requires_grad:
+        return ratio(scores, rows)
     z = scores.sub_(scores.amax(-1, keepdim=True))
     return z.sub_(threshold(z)).relu_(), None
 
 
-VARIANT = Variant(doc=__doc__, ratio=ratio, inplace=inplace, row_sum="one")
+VARIANT = Variant(doc=__doc__, ratio=ratio, fused=fused, row_sum="one")

@@ -11,7 +11,7 @@ Source: Nakanishi, 2025, arXiv:2501.19399.
 import math
 
 from attnvariants.registry import Option, Variant
-from attnvariants.variants._shared import exp_ratio, exp_ratio_inplace
+from attnvariants.variants._shared import exp_fused, exp_ratio
 
 
 def prepare(query, key, rows, *, s, b):
@@ -22,8 +22,8 @@ def ratio(scores, rows, *, s, b):
     return exp_ratio(scores)
 
 
-def inplace(scores, rows, *, s, b):
-    return exp_ratio_inplace(scores)
+def fused(scores, rows, *, s, b):
+    return exp_fused(scores)
 
 
 def retrofit(train_length: int) -> dict[str, float]:
@@ -35,7 +35,7 @@ def retrofit(train_length: int) -> dict[str, float]:
 VARIANT = Variant(
     doc=__doc__,
     ratio=ratio,
-    inplace=inplace,
+    fused=fused,
     prepare=prepare,
     row_sum="one",
     options={

@@ -1,0 +1,47 @@
+"""The committed float64 vectors: outputs and all gradients, both engines."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from attnvariants import attention
+
+FOLDER = Path(__file__).parent / "golden"
+INDEX = json.loads((FOLDER / "index.json").read_text())
+INPUTS = load_file(FOLDER / "inputs.safetensors")
+CALLS = {
+    "lssar_p3": ("lssar", {"p": 3.0}),
+    "lssar_p15": ("lssar", {"p": 15.0}),
+    "sa_softmax_x": ("sa_softmax", {"form": "x"}),
+    "sa_softmax_minmax0": ("sa_softmax", {"form": "minmax0"}),
+    "relu_visible": ("relu", {}),
+    "relu_kv": ("relu", {"length": "kv"}),
+    "relu2_visible": ("relu", {"act": "relu2"}),
+    "cosformer_M64": ("cosformer", {"max_len": 64}),
+}
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("name", INDEX)
+def test_golden(name, impl):
+    stored = load_file(FOLDER / f"{name}.safetensors")
+    variant, options = CALLS.get(name, (name, {}))
+    for case in INDEX[name]["cases"]:
+        leaves = [INPUTS[f"{case}/{n}"].clone().requires_grad_() for n in "qkv"]
+        learned = {p: stored[f"{case}/{p}"].clone().requires_grad_() for p in INDEX[name]["params"]}
+        out = attention(
+            *leaves,
+            variant,
+            causal=case in ("causal", "left_pad", "decode"),
+            attn_mask=INPUTS.get(f"{case}/mask"),
+            impl=impl,
+            **options,
+            **learned,
+        )
+        torch.testing.assert_close(out, stored[f"{case}/out"], rtol=1e-9, atol=1e-9)
+        grads = torch.autograd.grad(out, [*leaves, *learned.values()], INPUTS[f"{case}/dout"])
+        for what, grad in zip(["q", "k", "v", *learned], grads, strict=True):
+            torch.testing.assert_close(grad, stored[f"{case}/d{what}"], rtol=1e-9, atol=1e-9)

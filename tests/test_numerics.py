@@ -1,0 +1,199 @@
+"""Hostile input, half precision, gradcheck and edge sizes, for every variant and engine."""
+
+import pytest
+import torch
+
+import attnvariants
+from attnvariants import attention
+
+VARIANTS = attnvariants.list_variants()
+ENGINES = ["reference", "chunked"]
+FORMS = [(name, {}) for name in VARIANTS] + [("sa_softmax", {"form": "x"}), ("lssar", {"p": 2.5})]
+
+
+def leaves(*shapes, dtype=torch.float32, seed=0, size=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(*shape, generator=generator, dtype=torch.float64) * size)
+        .to(dtype)
+        .requires_grad_()
+        for shape in shapes
+    ]
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize(("name", "options"), FORMS)
+@pytest.mark.parametrize("level", [1e4, -1e4, 30.0, -200.0, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_of_any_size_are_finite(name, options, level, impl, dtype):
+    q, k, v = leaves((1, 2, 9, 4), (1, 2, 9, 4), (1, 2, 9, 4), dtype=dtype)
+    with torch.no_grad():
+        # all scores near the level, with both signs around 0 for the smallest
+        q[..., 0], k[..., 0] = abs(level) ** 0.5, level / abs(level) ** 0.5
+    out = attention(q, k, v, name, causal=True, impl=impl, scale=1.0, **options)
+    grads = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+    for tensor in (out, *grads):
+        assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_mixed_extremes_are_finite(name, impl):
+    q, k, v = leaves((1, 1, 40, 4), (1, 1, 40, 4), (1, 1, 40, 4), size=80.0)
+    out = attention(q, k, v, name, impl=impl)
+    for tensor in (out, *torch.autograd.grad(out.sum(), (q, k, v))):
+        assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_softpick_first_block_far_below_zero(impl):
+    # the published kernel loses such rows at -88 and gives NaN from -101 on
+    q = torch.ones(1, 1, 1, 1, dtype=torch.float32)
+    k = torch.cat([torch.full((96,), -150.0), torch.tensor([2.0, 1.0])]).view(1, 1, -1, 1)
+    v = torch.arange(98.0).view(1, 1, -1, 1)
+    got = attention(q, k, v, "softpick", scale=1.0, impl=impl)
+    want = attention(q.double(), k.double(), v.double(), "softpick", scale=1.0, impl="reference")
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("size", [1e-3, 1e-6])
+def test_softpick_keeps_its_digits_near_zero(size, impl):
+    q, k, v = leaves((1, 1, 8, 4), (1, 1, 8, 4), (1, 1, 8, 4), size=size)
+    v = torch.ones_like(v)
+    options = {"scale": 1.0, "eps": 1e-30}
+    got = attention(q, k, v, "softpick", impl=impl, **options)
+    want = attention(q.double(), k.double(), v.double(), "softpick", impl="reference", **options)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_rows_that_see_nothing(name, impl):
+    q, k, v = leaves((2, 2, 5, 4), (2, 2, 5, 4), (2, 2, 5, 3))
+    keep = torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    keep[0, :, 1] = False
+    keep[1] = False
+    out, weights, stats = attention(
+        q, k, v, name, attn_mask=keep, impl=impl, return_weights=True, return_stats=True
+    )
+    assert (out[0, :, 1] == 0).all()
+    assert (out[1] == 0).all()
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    assert (grads[0][0, :, 1] == 0).all()
+    assert all((grad[1] == 0).all() for grad in grads)
+    assert (weights[1] == 0).all()
+    assert (stats.visible[1] == 0).all()
+    assert (stats.mass[1] == 0).all()
+    assert (stats.lse[1] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    ("batch", "q_len", "kv_len"), [(0, 3, 3), (2, 0, 3), (2, 3, 0), (1, 1, 1), (1, 3, 1)]
+)
+def test_empty_and_single(name, batch, q_len, kv_len, impl):
+    q, k, v = leaves((batch, 2, q_len, 4), (batch, 2, kv_len, 4), (batch, 2, kv_len, 3))
+    out, weights, stats = attention(
+        q, k, v, name, causal=True, impl=impl, return_weights=True, return_stats=True
+    )
+    assert out.shape == (batch, 2, q_len, 3)
+    assert weights.shape == (batch, 2, q_len, kv_len)
+    assert stats.mass.shape == (batch, 2, q_len)
+    assert torch.isfinite(out).all()
+    for leaf, grad in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+        assert grad.shape == leaf.shape
+        assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("name", ["lssa", "lssar"])
+def test_zero_vectors_have_no_direction(name, impl):
+    q, k, v = leaves((1, 1, 6, 4), (1, 1, 6, 4), (1, 1, 6, 4))
+    with torch.no_grad():
+        q[:, :, 2] = 0
+        k[:, :, 3] = 0
+    out = attention(q, k, v, name, causal=True, impl=impl)
+    dq, dk, _ = torch.autograd.grad(out.sum(), (q, k, v))
+    assert torch.isfinite(out).all()
+    assert (dq[:, :, 2] == 0).all()
+    assert (dk[:, :, 3] == 0).all()
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradcheck(name, impl):
+    q, k, v = leaves((1, 2, 4, 3), (1, 1, 5, 3), (1, 1, 5, 2), dtype=torch.float64, seed=3)
+    learned = {n: torch.tensor([0.8, 1.1], dtype=torch.float64, requires_grad=True)
+               for n in attnvariants.get_variant(name).learned}  # fmt: skip
+
+    def call(q, k, v, *values):
+        options = dict(zip(learned, values, strict=True))
+        return attention(q, k, v, name, causal=True, impl=impl, **options)
+
+    assert torch.autograd.gradcheck(call, (q, k, v, *learned.values()))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_within_twice_plain_torch(name, dtype):
+    exact = leaves((1, 2, 33, 16), (1, 2, 33, 16), (1, 2, 33, 16), dtype=dtype, seed=4)
+    grad_out = torch.randn(1, 2, 33, 16, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+    def run(tensors, **kwargs):
+        tensors = [t.detach().clone().requires_grad_() for t in tensors]
+        out = attention(*tensors, name, causal=True, **kwargs)
+        return [out, *torch.autograd.grad(out, tensors, grad_out.to(out.dtype))]
+
+    want = run([t.double() for t in exact], impl="reference")
+    got = run(exact, impl="chunked")
+    variant = attnvariants.get_variant(name)
+    for what, mine, true in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        assert mine.dtype == dtype
+        # one rounding of the result is what plain low-precision torch cannot avoid either
+        rounding = (true - true.to(dtype).double()).abs().max()
+        error = (mine.double() - true).abs().max()
+        assert error <= 2 * rounding + 1e-6, (variant.name, what)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_strides_do_not_matter(name, impl):
+    # [batch, tokens, heads, 2 * dim], seen as every second number of a transposed layout
+    q, k, v = leaves((2, 6, 3, 16), (2, 6, 3, 16), (2, 6, 3, 16))
+    grad_out = torch.randn(2, 3, 6, 8)
+    results = []
+    for contiguous in (False, True):
+        tensors = [t.transpose(1, 2)[..., ::2] for t in (q, k, v)]
+        assert not tensors[0].is_contiguous()
+        if contiguous:
+            tensors = [t.contiguous() for t in tensors]
+        out = attention(*tensors, name, causal=True, impl=impl)
+        results.append([out, *torch.autograd.grad(out, (q, k, v), grad_out)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_second_order_is_refused_by_chunked_and_given_by_reference():
+    q, k, v = leaves((1, 1, 4, 3), (1, 1, 4, 3), (1, 1, 4, 3), dtype=torch.float64)
+    for impl in ENGINES:
+        out = attention(q, k, v, "softpick", impl=impl)
+        (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+        if impl == "chunked":
+            with pytest.raises(RuntimeError, match="does not require grad"):
+                torch.autograd.grad(dq.sum(), q)
+        else:
+            assert torch.autograd.grad(dq.sum(), q)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_autocast_casts_like_sdpa(impl):
+    q, k, v = leaves((1, 1, 4, 8), (1, 1, 4, 8), (1, 1, 4, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, v, "lssa", impl=impl)
+    assert out.dtype == torch.bfloat16
+    want = attention(q, k, v, "lssa", impl=impl)
+    assert (out.float() - want).abs().max() < 0.05
+    torch.autograd.grad(out.sum(), (q, k, v))
