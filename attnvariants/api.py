@@ -11,8 +11,8 @@ from torch import Tensor
 from attnvariants import checks, chunked, reference
 from attnvariants.dropout import Dropout
 from attnvariants.geometry import Geometry
-from attnvariants.problem import Problem, RowStats, compute_dtype
-from attnvariants.registry import Rows, Variant, get_variant, suggest
+from attnvariants.problem import Problem, compute_dtype
+from attnvariants.registry import Variant, get_variant, suggest
 
 ENGINES = ("auto", "reference", "chunked")
 

@@ -84,7 +84,8 @@ def check_window(window_size: Any) -> tuple[int | None, int | None]:
     pair = isinstance(window_size, Sequence) and len(window_size) == 2
     if not pair or not all(isinstance(w, int) and not isinstance(w, bool) for w in window_size):
         raise ValueError(
-            f"window_size must be two integers (left, right), -1 for unlimited, got {window_size!r}."
+            "window_size must be two integers (left, right), -1 for unlimited, "
+            f"got {window_size!r}."
         )
     if min(window_size) < -1:
         raise ValueError(

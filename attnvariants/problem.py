@@ -35,8 +35,8 @@ class Problem:
     """Query and key after the variant's `prepare`, and all that turns their product into weights.
 
     `keep` and `bias` are 4-D with sizes that broadcast to [batch, heads, q_len, kv_len]; `slopes`
-    is [batch or 1, heads]; `visible` is [batch or 1, heads or 1, q_len], int64; `any_blind` says whether it holds a 0. Learned options
-    are tensors of shape [heads, 1, 1] or [1, 1, 1].
+    is [batch or 1, heads]; `visible` is [batch or 1, heads or 1, q_len], int64; `any_blind` says
+    whether it holds a 0. Learned options are tensors of shape [heads, 1, 1] or [1, 1, 1].
     """
 
     variant: Variant
