@@ -89,7 +89,8 @@ def build_holder(target: Target, request: Request, impl: str, trainable: bool) -
 
     Raises:
         ValueError: the module uses a feature that the variant cannot mean, the number of heads
-            is unknown or another than a tensor's, or a preset needs a length.
+            is unknown or another than a tensor's, the module is offloaded, or a preset needs a
+            length.
     """
     variant = request.variant
     _check_features(target, variant)
@@ -120,6 +121,11 @@ def _learned(target: Target, variant: Variant, values: dict[str, Any]) -> dict[s
         )
     like = next((p for p in target.module.parameters() if p.is_floating_point()), None)
     dtype, device = (torch.float32, None) if like is None else (like.dtype, like.device)
+    if like is not None and like.is_meta and _offloaded(target):
+        raise ValueError(
+            f"{target.name} is offloaded, so {variant.name}'s learned {', '.join(values)} would "
+            "have no values; patch the model before dispatching it to devices."
+        )
     learned = {}
     for name, value in values.items():
         tensor = torch.as_tensor(value).detach()
@@ -133,6 +139,10 @@ def _learned(target: Target, variant: Variant, values: dict[str, Any]) -> dict[s
             raise ValueError(f"{variant.name}'s {name} does not fit into {dtype}: {value}.")
         learned[name] = tensor
     return learned
+
+
+def _offloaded(target: Target) -> bool:
+    return any(hasattr(module, "_hf_hook") for module in target.module.modules())
 
 
 def _length(target: Target, request: Request) -> int:

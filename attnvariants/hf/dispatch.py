@@ -7,8 +7,6 @@ Layouts: transformers hands over query `[batch, heads, q_len, head_dim]`, key an
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +16,9 @@ from torch import Tensor, nn
 
 import attnvariants
 from attnvariants.hf import masks
-from attnvariants.hf.find import source_of
+from attnvariants.hf.find import own_forward, source_of
 from attnvariants.hf.holder import CHILD
+from attnvariants.registry import Variant
 
 PREVIOUS = "_attn_previous"
 # Arguments that change the numbers and that no variant has a meaning for.
@@ -32,6 +31,8 @@ UNSUPPORTED = {
     "cache": "a paged cache (continuous batching)",
     "block_table": "a paged cache (continuous batching)",
 }
+
+_collector: Any = None
 
 
 def attention_forward(
@@ -71,8 +72,8 @@ def attention_forward(
     if query.shape[0] == 1 and key.shape[0] > 1:
         query = query.expand(key.shape[0], -1, -1, -1)
     keep, causal = _visible(module, query, key, attention_mask, kwargs)
-    if causal or keep is not None:
-        kv_len = query.shape[2] if causal else _used_keys(variant, query, key, keep)
+    kv_len = query.shape[2] if causal else _used_keys(variant, query, key, keep)
+    if kv_len < key.shape[2]:
         key, value = key[:, :, :kv_len], value[:, :, :kv_len]
         keep, bias = _crop(keep, kv_len), _crop(bias, kv_len)
     if keep is not None and keep.is_floating_point() and keep.requires_grad:
@@ -132,7 +133,7 @@ def previous_of(module: nn.Module, implementation: str) -> tuple[Callable[..., A
 
     if implementation == "eager":
         return eager_of(type(module)), "float"
-    forms = {sdpa_mask: "bool", eager_mask: "float"}
+    forms: dict[Any, str] = {sdpa_mask: "bool", eager_mask: "float"}
     form = forms.get(ALL_MASK_ATTENTION_FUNCTIONS.get(implementation))
     if form is None or implementation not in ALL_ATTENTION_FUNCTIONS:
         raise ValueError(
@@ -149,7 +150,7 @@ def eager_of(cls: type[nn.Module]) -> Callable[..., Any]:
     Raises:
         ValueError: the file of the class has none.
     """
-    function = inspect.unwrap(cls.forward)
+    function = own_forward(cls)
     named = re.search(r"\b(\w*eager_attention_forward)\b", source_of(function))
     for name in (named[1] if named else "", "eager_attention_forward"):
         if name in function.__globals__:
@@ -184,25 +185,26 @@ def _visible(
                 "pass an attention mask instead."
             )
         return masks.document_keep(cu_q, cu_k, q_len, kv_len, causal), False
+    if causal and q_len > kv_len:
+        return masks.causal_keep(q_len, kv_len, query.device), False
     return None, causal and q_len > 1
 
 
-@functools.lru_cache(maxsize=1)
-def _collector() -> Any:
-    """Where transformers >= 5 keeps what the running call is asked to return."""
+def find_collector() -> None:
+    """Look up where transformers >= 5 keeps what the running call is asked to return."""
+    global _collector
     try:
         from transformers.utils import output_capturing
     except ImportError:
-        return None
-    return getattr(output_capturing, "_active_collector", None)
+        return
+    _collector = getattr(output_capturing, "_active_collector", None)
 
 
 def _wants_weights(kwargs: dict[str, Any]) -> bool:
     """Whether the caller asked for attention weights; not all models pass the request on."""
     if kwargs.get("output_attentions"):
         return True
-    collector = _collector()
-    asked = collector.get() if collector is not None else None
+    asked = _collector.get() if _collector is not None else None
     return any("attentions" in name for name in asked or ())
 
 
@@ -210,14 +212,16 @@ def _crop(tensor: Tensor | None, kv_len: int) -> Tensor | None:
     return tensor if tensor is None or tensor.shape[-1] <= kv_len else tensor[..., :kv_len]
 
 
-def _used_keys(variant: Any, query: Tensor, key: Tensor, keep: Tensor) -> int:
+def _used_keys(variant: Variant, query: Tensor, key: Tensor, keep: Tensor | None) -> int:
     """Number of keys up to the last one that any row sees.
 
     Static caches come with a tail of unfilled slots; variants that count positions from the end
     of the keys need it cut off.
     """
     kv_len = key.shape[2]
-    if query.shape[2] >= kv_len or keep.dtype != torch.bool or keep.shape[-1] != kv_len:
+    if keep is None or keep.dtype != torch.bool or keep.shape[-1] != kv_len:
+        return kv_len
+    if query.shape[2] >= kv_len:
         return kv_len
     if torch.compiler.is_compiling():
         if any(option.from_config for option in variant.options.values()):

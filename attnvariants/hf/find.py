@@ -73,33 +73,33 @@ class Target:
         return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
+def _source(thing: Any) -> str:
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        return ""
+
+
 def source_of(function: Callable[..., Any]) -> str:
     """Source of a function through its decorators, or an empty string."""
-    try:
-        return inspect.getsource(inspect.unwrap(function))
-    except (OSError, TypeError):
-        return ""
+    return _source(inspect.unwrap(function))
 
 
-@functools.lru_cache(maxsize=None)
-def class_source(cls: type) -> str:
-    """Source of a class, or an empty string."""
-    try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):
-        return ""
-
-
-def forward_source(cls: type[nn.Module]) -> str:
-    """Source of the forward that dispatches, following `super().forward` up the classes."""
+def own_forward(cls: type[nn.Module]) -> Callable[..., Any]:
+    """The forward that does the work, following `super().forward` up the classes."""
     for base in cls.__mro__:
         if "forward" not in base.__dict__:
             continue
         source = source_of(base.__dict__["forward"])
         if DISPATCH in source or not re.search(r"super\([^)]*\)\.forward\(", source):
-            return source
-    return ""
+            return inspect.unwrap(base.__dict__["forward"])
+    return cls.forward
+
+
+def forward_source(cls: type[nn.Module]) -> str:
+    """Source of `own_forward`, or an empty string."""
+    return source_of(own_forward(cls))
 
 
 def dispatches(cls: type[nn.Module]) -> bool:
@@ -163,7 +163,7 @@ def by_hand(module: nn.Module) -> bool:
 
 
 def _class_sources(cls: type) -> str:
-    return "\n".join(class_source(base) for base in _module_bases(cls))
+    return "\n".join(_source(base) for base in _module_bases(cls))
 
 
 def _takes_mask(cls: type[nn.Module]) -> bool:
@@ -175,7 +175,7 @@ def _computes(cls: type[nn.Module]) -> bool:
     return cls is nn.MultiheadAttention or bool(_BY_HAND.search(_class_sources(cls)))
 
 
-def _module_bases(cls: type) -> Iterator[type[nn.Module]]:
+def _module_bases(cls: type) -> Iterator[Any]:
     return (base for base in cls.__mro__ if issubclass(base, nn.Module) and base is not nn.Module)
 
 

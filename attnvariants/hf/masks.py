@@ -17,11 +17,22 @@ KEYS = (IMPLICIT, EXPLICIT)
 
 
 def register() -> None:
-    """Register the attention function and its mask functions with transformers."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-    from transformers.modeling_utils import AttentionInterface
+    """Register the attention function and its mask functions with transformers.
 
-    from attnvariants.hf.dispatch import attention_forward
+    Raises:
+        ImportError: transformers is missing or older than 4.56.
+    """
+    try:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+        from transformers.modeling_utils import AttentionInterface
+    except ImportError as error:
+        raise ImportError(
+            "patching models needs transformers >= 4.56; pip install 'attnvariants[hf]'."
+        ) from error
+
+    from attnvariants.hf.dispatch import attention_forward, find_collector
+
+    find_collector()
 
     def implicit_mask(*args, **kwargs):
         return sdpa_mask(*args, **kwargs)

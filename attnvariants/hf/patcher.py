@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from attnvariants.api import _engine
 from attnvariants.hf import masks
-from attnvariants.hf.build import Request, build_holder, requests_of
-from attnvariants.hf.dispatch import PREVIOUS, previous_of
-from attnvariants.hf.find import Target, attention_modules
-from attnvariants.hf.holder import CHILD, AttnVariant
-from attnvariants.hf.report import Report, Row
-from attnvariants.hf.select import Layers, select
+from attnvariants.hf.build import requests_of
+from attnvariants.hf.find import attention_modules
+from attnvariants.hf.holder import CHILD
+from attnvariants.hf.plan import new_in, plan_patch
+from attnvariants.hf.report import Report, report_of
+from attnvariants.hf.select import Layers
+from attnvariants.hf.state import attach, remove, state_of, switch
 from attnvariants.hf.verify import Verification, verify_model
 from attnvariants.registry import Variant
-
-STATE = "_attn_patch_state"
-RECORD = "attn_variants"
-
-
-@dataclass
-class _State:
-    """What a patched model remembers: its handles and the configs they switched."""
-
-    patches: list[Patch] = field(default_factory=list)
-    configs: list[tuple[Any, str]] = field(default_factory=list)
-    records: list[Any] = field(default_factory=list)
 
 
 class Patch:
@@ -46,13 +35,13 @@ class Patch:
     @property
     def active(self) -> bool:
         """Whether the patch is still in the model."""
-        state = getattr(self.model, STATE, None)
-        return state is not None and any(patch is self for patch in state.patches)
+        state = state_of(self.model)
+        return state is not None and any(handle is self for handle in state.handles)
 
     @property
     def report(self) -> Report:
         """Every attention module of the model as it is now."""
-        return _report(self.model)
+        return report_of(self.model)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -74,9 +63,9 @@ class Patch:
         """Run the model and prove that the patch keeps causality and padding.
 
         A future token must change nothing before it (difference exactly 0 where the unpatched
-        model's is), a left-padded row must equal the unpadded one, and every patched module must
-        be reached. Tests that the unpatched model does not pass either are reported as not
-        applicable. Modes, gradients and the global random state are left as they were.
+        model's is), a left-padded row must equal the unpadded one, and every patched module that
+        runs must compute its variant. Tests that the unpatched model does not pass either are
+        reported as not applicable. Modes, gradients and the global random state are left alone.
 
         Args:
             inputs: keyword arguments of the model's forward; by default small random ones.
@@ -89,7 +78,9 @@ class Patch:
                 for this model.
         """
         self._require_active()
-        return verify_model(self.model, getattr(self.model, STATE).configs, inputs, tolerance, seed)
+        state = state_of(self.model)
+        configs = state.configs if state is not None else []
+        return verify_model(self.model, configs, inputs, tolerance, seed)
 
     def unpatch(self) -> None:
         """Take this call's variants out; the last one restores the model completely.
@@ -98,7 +89,7 @@ class Patch:
             ValueError: the patch is not in the model any more.
         """
         self._require_active()
-        _remove(self.model, [self])
+        remove(self.model, [self])
 
     def _require_active(self) -> None:
         if not self.active:
@@ -164,24 +155,16 @@ def patch(
     masks.register()
     targets = attention_modules(model)
     requests = requests_of(variant, layers, options, preset, train_length)
-    _check_engine(impl)
-    plan: dict[str, tuple[Target, AttnVariant]] = {}
-    for request in requests:
-        for target in _chosen(model, targets, request):
-            if target.name in plan:
-                raise ValueError(
-                    f"{target.name} is meant by more than one key of the mapping; make them "
-                    "disjoint."
-                )
-            plan[target.name] = target, build_holder(target, request, impl, trainable)
-
-    state: _State | None = getattr(model, STATE, None)
-    fresh, again = _split(model, plan, state)
-    if not fresh:
-        handle = next(patch for patch in state.patches if again[0] in patch.names)
-        _switch(state, [target for target, _ in plan.values()], targets)
+    _engine(impl)
+    plan = plan_patch(model, targets, requests, impl, trainable)
+    state = state_of(model)
+    fresh = new_in(plan, model, state)
+    if fresh or state is None:
+        handle = Patch(model, tuple(fresh))
+        attach(model, handle, fresh, targets)
     else:
-        handle = _attach(model, fresh, targets)
+        handle = state.handle_of(next(iter(plan)))
+        switch(state, [target for target, _ in plan.values()], targets)
     if verify:
         try:
             handle.verify()
@@ -198,7 +181,7 @@ def unpatch(model: nn.Module) -> None:
     Raises:
         ValueError: the model is not patched, or was patched through another module.
     """
-    state = getattr(model, STATE, None)
+    state = state_of(model)
     if state is None:
         inside = isinstance(model, nn.Module) and any(
             hasattr(module, CHILD) for module in model.modules()
@@ -209,227 +192,4 @@ def unpatch(model: nn.Module) -> None:
             else "there is nothing to undo."
         )
         raise ValueError(f"{type(model).__name__} is not patched: {hint}")
-    _remove(model, list(state.patches))
-
-
-def _check_engine(impl: str) -> None:
-    from attnvariants.api import _engine
-
-    _engine(impl)
-
-
-def _chosen(model: nn.Module, targets: list[Target], request: Request) -> list[Target]:
-    """The targets of a request, all of which can be patched."""
-    kind = type(model).__name__
-    if not targets:
-        count = sum(1 for _ in model.modules())
-        raise ValueError(
-            f"patch found no attention module in {kind}; {count} modules were looked at."
-        )
-    able = any(target.dispatches for target in targets)
-    chosen = select(targets, request.layers) if able else targets
-    refused = [target for target in chosen if target.reason and not target.apart]
-    chosen = [target for target in chosen if not target.reason]
-    if refused or not chosen:
-        raise ValueError(
-            f"patch cannot replace the attention of {kind}: {_reasons(refused or targets)}."
-        )
-    switched = {id(config) for target in chosen for config in target.configs}
-    hurt = [
-        target
-        for target in targets
-        if not target.dispatches
-        and not target.apart
-        and any(id(config) in switched for config in target.configs)
-    ]
-    if hurt:
-        raise ValueError(
-            f"patch cannot replace only a part of the attention of {kind}: {_reasons(hurt)}."
-        )
-    return chosen
-
-
-def _reasons(targets: Iterable[Target]) -> str:
-    """`Class (x2, first.name): reason`, grouped."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for target in targets:
-        groups.setdefault((type(target.module).__name__, target.reason), []).append(target.name)
-    return "; ".join(
-        f"{cls} ({names[0] or 'the model itself'}{f' and {len(names) - 1} more' * (len(names) > 1)}"
-        f"): {reason}"
-        for (cls, reason), names in groups.items()
-    )
-
-
-def _split(
-    model: nn.Module, plan: dict[str, tuple[Target, AttnVariant]], state: _State | None
-) -> tuple[dict[str, tuple[Target, AttnVariant]], list[str]]:
-    """The planned modules that are not patched yet, and the names of those that are."""
-    fresh, again = {}, []
-    for name, (target, holder) in plan.items():
-        present = getattr(target.module, CHILD, None)
-        if present is None:
-            fresh[name] = target, holder
-        elif state is None or not any(name in patch.names for patch in state.patches):
-            raise ValueError(
-                f"{name} was patched through another model than this {type(model).__name__}; "
-                "unpatch that one first."
-            )
-        elif isinstance(present, AttnVariant) and present.same_request(holder):
-            again.append(name)
-        else:
-            raise ValueError(
-                f"{name} has the variant {present.variant!r} already; call unpatch(model) or the "
-                f"handle's unpatch() before patching it with {holder.variant!r}"
-                f"{' and other options' * (present.variant == holder.variant)}."
-            )
-    return fresh, again
-
-
-def _attach(
-    model: nn.Module, fresh: dict[str, tuple[Target, AttnVariant]], targets: list[Target]
-) -> Patch:
-    chosen = [target for target, _ in fresh.values()]
-    state = getattr(model, STATE, None)
-    first = state is None
-    if first:
-        state = _State()
-    handle = Patch(model, tuple(fresh))
-    try:
-        _switch(state, chosen, targets, partial=True)
-        for target, holder in fresh.values():
-            holder.train(target.module.training)
-            target.module.add_module(CHILD, holder)
-        state.patches.append(handle)
-        setattr(model, STATE, state)
-        _record(model, state)
-    except BaseException:
-        setattr(model, STATE, state)
-        _remove(model, [handle])
-        raise
-    return handle
-
-
-def _switch(
-    state: _State, chosen: list[Target], targets: list[Target], partial: bool = False
-) -> None:
-    """Point the configs of the chosen modules at our functions, remembering what they said."""
-    switching = {id(config): config for target in chosen for config in target.configs}
-    known = {id(config) for config, _ in state.configs}
-    steps, previous = [], []
-    for config in switching.values():
-        now = config._attn_implementation
-        if now in masks.KEYS:
-            if id(config) in known:
-                continue
-            raise ValueError(
-                "the model shares its config with another patched model, or has a copy of that "
-                "one's; give it a config of its own and call model.set_attn_implementation('sdpa')."
-            )
-        served = [
-            target
-            for target in targets
-            if target.dispatches and any(config is other for other in target.configs)
-        ]
-        causal = all(getattr(target.module, "is_causal", None) is True for target in served)
-        steps.append((config, now, masks.IMPLICIT if causal else masks.EXPLICIT))
-    picked = {target.name for target in chosen}
-    changing = {id(config): now for config, now, _ in steps}
-    for target in targets:
-        if target.dispatches and id(target.config) in changing:
-            now = changing[id(target.config)] or "eager"
-            try:
-                operator = previous_of(target.module, now)
-            except ValueError:
-                if target.name not in picked:
-                    raise
-                continue
-            previous.append((target.module, operator))
-    for module, operator in previous:
-        setattr(module, PREVIOUS, operator)
-    for config, now, key in steps:
-        state.configs = [(c, old) for c, old in state.configs if c is not config]
-        state.configs.append((config, now))
-        config._attn_implementation_internal = key
-
-
-def _remove(model: nn.Module, patches: list[Patch]) -> None:
-    state: _State = getattr(model, STATE)
-    for handle in patches:
-        for name in handle.names:
-            module = model.get_submodule(name)
-            if hasattr(module, CHILD):
-                delattr(module, CHILD)
-    state.patches = [patch for patch in state.patches if not any(patch is p for p in patches)]
-    if state.patches:
-        _record(model, state)
-        return
-    for config, previous in state.configs:
-        if config._attn_implementation in masks.KEYS:
-            config._attn_implementation_internal = previous
-    for module in model.modules():
-        module.__dict__.pop(PREVIOUS, None)
-    for config in state.records:
-        config.__dict__.pop(RECORD, None)
-    delattr(model, STATE)
-
-
-def _record(model: nn.Module, state: _State) -> None:
-    """Write what is patched into the config of every outermost transformers model."""
-    from transformers import PreTrainedModel
-
-    roots: list[tuple[str, PreTrainedModel]] = []
-    for name, module in model.named_modules():
-        inside = any(root == "" or name.startswith(root + ".") for root, _ in roots)
-        if isinstance(module, PreTrainedModel) and not inside:
-            roots.append((name, module))
-    state.records = [root.config for _, root in roots]
-    for prefix, root in roots:
-        entries: list[dict[str, Any]] = []
-        for name, module in root.named_modules():
-            holder = getattr(module, CHILD, None)
-            if not isinstance(holder, AttnVariant):
-                continue
-            record = holder.record()
-            for entry in entries:
-                if {k: v for k, v in entry.items() if k != "modules"} == record:
-                    entry["modules"].append(name)
-                    break
-            else:
-                entries.append({**record, "modules": [name]})
-        setattr(root.config, RECORD, {"version": 1, "patches": entries})
-
-
-def _report(model: nn.Module) -> Report:
-    rows = []
-    for target in attention_modules(model):
-        holder = getattr(target.module, CHILD, None)
-        if holder is None:
-            previous = getattr(target.module, PREVIOUS, None)
-            impl = getattr(target.config, "_attn_implementation", None) or "-"
-            if previous is not None:
-                impl = getattr(previous[0], "__name__", str(previous[0]))
-            rows.append(
-                Row(
-                    target.name,
-                    type(target.module).__name__,
-                    target.layer,
-                    None,
-                    impl,
-                    reason=target.reason,
-                )
-            )
-            continue
-        spec = holder()
-        rows.append(
-            Row(
-                target.name,
-                type(target.module).__name__,
-                target.layer,
-                spec.variant,
-                spec.impl,
-                sum(value.numel() for value in spec.options.values() if isinstance(value, Tensor)),
-                {k: "learned" if isinstance(v, Tensor) else v for k, v in spec.options.items()},
-            )
-        )
-    return Report(type(model).__name__, tuple(rows))
+    remove(model, list(state.handles))

@@ -6,6 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor, nn
+
+from attnvariants.hf.dispatch import PREVIOUS
+from attnvariants.hf.find import Target, attention_modules
+from attnvariants.hf.holder import CHILD
+
+HEAD = ("module", "class", "layer", "variant", "engine", "parameters", "options")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -61,17 +69,15 @@ class Report:
         return len(self.rows)
 
     def __str__(self) -> str:
-        head = ("module", "class", "layer", "variant", "engine", "parameters", "options")
-        lines = [head]
+        lines: list[tuple[str, ...]] = [HEAD]
         for row in self.rows:
             options = ", ".join(f"{name}={value}" for name, value in row.options.items())
             cells = row.name, row.cls, row.layer, row.variant or "-", row.impl, row.parameters
-            lines.append((*map(str, cells), row.reason and f"refused: {row.reason}" or options))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
+            last = f"refused: {row.reason}" if row.reason else options
+            lines.append((*map(str, cells), last))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD) - 1)]
         text = [
-            "  ".join([cell.ljust(width) for cell, width in zip(line, widths, strict=False)])
-            + "  "
-            + line[-1]
+            "  ".join([cell.ljust(width) for cell, width in zip(line, [*widths, 0], strict=True)])
             for line in lines
         ]
         total = (
@@ -79,3 +85,32 @@ class Report:
             f"{self.parameters} learned values added"
         )
         return "\n".join([total, *(line.rstrip() for line in text)])
+
+
+def report_of(model: nn.Module) -> Report:
+    """The report of a model as it is now."""
+    return Report(type(model).__name__, tuple(map(_row, attention_modules(model))))
+
+
+def _row(target: Target) -> Row:
+    cls = type(target.module).__name__
+    holder = getattr(target.module, CHILD, None)
+    if holder is None:
+        previous = getattr(target.module, PREVIOUS, None)
+        operator = getattr(target.config, "_attn_implementation", None) or "-"
+        if previous is not None:
+            operator = previous[0].__name__
+        return Row(target.name, cls, target.layer, None, operator, reason=target.reason)
+    spec = holder(None)
+    return Row(
+        name=target.name,
+        cls=cls,
+        layer=target.layer,
+        variant=spec.variant,
+        impl=spec.impl,
+        parameters=sum(v.numel() for v in spec.options.values() if isinstance(v, Tensor)),
+        options={
+            name: "learned" if isinstance(value, Tensor) else value
+            for name, value in spec.options.items()
+        },
+    )

@@ -35,7 +35,7 @@ def select(targets: list[Target], layers: Layers) -> list[Target]:
     if callable(layers):
         chosen = [target for target in targets if layers(target.name, target.module)]
         return _some(chosen, targets, "the predicate in layers")
-    return _by_index([target for target in targets if target.text], layers)
+    return _by_index([t for t in targets if t.text and not t.apart], layers)
 
 
 def _by_index(text: list[Target], layers: Any) -> list[Target]:

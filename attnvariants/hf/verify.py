@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnvariants.hf.holder import CHILD
+from attnvariants.hf.probe import Probe, given_probe, made_probe, parameters
 
 NEARLY_CAUSAL = 1e-5
 
@@ -21,7 +21,8 @@ class Verification:
     """Figures of a self-test; the differences are relative to the largest output.
 
     Attributes:
-        modules: number of patched modules, all of which were reached.
+        modules: number of patched modules.
+        reached: number of those that computed their variant; the others were not run at all.
         leak: largest change before a changed token, or None if the test does not apply.
         leak_note: why it does not apply, or what was compared.
         padding: largest difference of a left-padded row, or None if the test does not apply.
@@ -30,6 +31,7 @@ class Verification:
     """
 
     modules: int
+    reached: int
     leak: float | None
     leak_note: str
     padding: float | None
@@ -42,26 +44,11 @@ class Verification:
 
         return "\n".join(
             [
-                f"reached: {self.modules} of {self.modules} patched modules",
+                f"reached: {self.reached} of {self.modules} patched modules",
                 line("future leak", self.leak, self.leak_note),
                 line("left padding", self.padding, self.padding_note),
             ]
         )
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Inputs of the model's forward, the tokens that the leak test changes, and the padding.
-
-    `pad` is the number of padding tokens left of row 1; `changed` names the argument whose tokens
-    are changed; `allowed` are tokens without a special meaning.
-    """
-
-    inputs: dict[str, Tensor]
-    changed: str | None = None
-    allowed: Tensor | None = None
-    pad: int = 0
-    short: dict[str, Tensor] | None = None
 
 
 def verify_model(
@@ -76,13 +63,12 @@ def verify_model(
     if tolerance is None:
         half = next(root.parameters()).dtype in (torch.float16, torch.bfloat16)
         tolerance = 5e-2 if half else 1e-4
-    batch = _given(root, inputs, seed) if inputs is not None else _made(root, seed)
-    holders = {
-        name: getattr(module, CHILD)
-        for name, module in root.named_modules()
-        if hasattr(module, CHILD)
+    batch = given_probe(root, inputs) if inputs is not None else made_probe(root, seed)
+    patched_modules = {
+        name: module for name, module in root.named_modules() if hasattr(module, CHILD)
     }
-    with _quiet(root, seed):
+    holders = {name: getattr(module, CHILD) for name, module in patched_modules.items()}
+    with _quiet(root):
         with _unpatched(configs):
             try:
                 base = _figures(root, batch, seed)
@@ -92,15 +78,20 @@ def verify_model(
                     f"({type(error).__name__}: {error}); pass inputs= with the arguments of its "
                     "forward."
                 ) from error
-        with _watching(holders) as reached:
+        with _watching(patched_modules) as ran, _watching(holders) as reached:
             patched = _figures(root, batch, seed)
 
-    missed = [name for name in holders if name not in reached]
+    missed = [name for name in holders if name in ran and name not in reached]
     if missed:
         raise ValueError(
-            f"verify: {len(missed)} of {len(holders)} patched modules were never reached, the "
-            f"first is {missed[0]}; if these inputs do not use them, pass inputs= that do, else "
-            "the model has left the attention interface."
+            f"verify: {len(missed)} of {len(holders)} patched modules never reached their "
+            f"variant, the first is {missed[0]}; the model's attention implementation was set "
+            "to another one after patching: patch again."
+        )
+    if not reached:
+        raise ValueError(
+            f"verify: none of the {len(holders)} patched modules was run by these inputs; pass "
+            "inputs= that use them."
         )
     if not patched.finite:
         raise ValueError(
@@ -109,7 +100,9 @@ def verify_model(
         )
     leak, leak_note = _judge_leak(patched, base, _slack(root, tolerance))
     padding, padding_note = _judge_padding(patched, base, tolerance)
-    return Verification(len(holders), leak, leak_note, padding, padding_note, tolerance)
+    return Verification(
+        len(holders), len(reached), leak, leak_note, padding, padding_note, tolerance
+    )
 
 
 @dataclass(frozen=True)
@@ -139,9 +132,7 @@ def _judge_leak(patched: _Figures, base: _Figures, slack: float) -> tuple[float 
     return patched.leak, "change of outputs before a changed token"
 
 
-def _judge_padding(
-    patched: _Figures, base: _Figures, tolerance: float
-) -> tuple[float | None, str]:
+def _judge_padding(patched: _Figures, base: _Figures, tolerance: float) -> tuple[float | None, str]:
     if patched.padding is None or base.padding is None:
         return None, "no left-padded batch of tokens"
     if base.padding > tolerance:
@@ -156,17 +147,18 @@ def _judge_padding(
     return patched.padding, "left-padded row against the unpadded one"
 
 
-def _figures(root: nn.Module, batch: _Batch, seed: int) -> _Figures:
+def _figures(root: nn.Module, batch: Probe, seed: int) -> _Figures:
     def run(inputs: dict[str, Tensor]) -> Tensor:
         torch.manual_seed(seed)
         return _outputs(root, inputs, batch)
 
     first = run(batch.inputs)
-    tokens = batch.inputs[batch.changed] if batch.changed else None
-    if tokens is None or first.dim() < 3 or first.shape[1] != tokens.shape[1]:
+    changed = batch.changed
+    tokens = batch.inputs[changed] if changed else None
+    if changed is None or tokens is None or first.dim() < 3 or first.shape[1] != tokens.shape[1]:
         return _Figures(bool(torch.isfinite(first).all()), None, None)
     length = tokens.shape[1]
-    padded_side = batch.pad if batch.changed == "input_ids" else 0
+    padded_side = batch.pad if changed == "input_ids" else 0
     seen = torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
     if batch.pad:
         seen[1, :padded_side] = False
@@ -177,7 +169,7 @@ def _figures(root: nn.Module, batch: _Batch, seed: int) -> _Figures:
     for start in {length - 1, max(length // 2, padded_side + 1)}:
         other = tokens.clone()
         other[:, start:] = _other(tokens[:, start:], batch.allowed)
-        second = run({**batch.inputs, batch.changed: other})
+        second = run({**batch.inputs, changed: other})
         before = seen.clone()
         before[:, start:] = False
         if bool(before.any()):
@@ -196,10 +188,10 @@ def _other(tokens: Tensor, allowed: Tensor | None) -> Tensor:
     return torch.where(tokens == first, second, first).to(tokens.dtype)
 
 
-def _outputs(root: nn.Module, inputs: dict[str, Tensor], batch: _Batch) -> Tensor:
+def _outputs(root: nn.Module, inputs: dict[str, Tensor], batch: Probe) -> Tensor:
     """The output for every token, `[batch, tokens, width]`, in float32 or wider."""
     arguments: dict[str, Any] = dict(inputs)
-    if "use_cache" in _parameters(root):
+    if "use_cache" in parameters(root):
         arguments["use_cache"] = False
     length = inputs[batch.changed].shape[1] if batch.changed else None
     fallback = None
@@ -223,116 +215,13 @@ def _floats(result: Any) -> Iterator[Tensor]:
             yield value
 
 
-def _made(root: nn.Module, seed: int) -> _Batch:
-    """Small random inputs of the model's own kind."""
-    config = root.config
-    main = getattr(root, "main_input_name", "input_ids")
-    generator = torch.Generator().manual_seed(seed)
-    device = next(root.parameters()).device
-    if main == "pixel_values":
-        size = getattr(config, "image_size", None)
-        if isinstance(size, int) or (isinstance(size, (tuple, list)) and len(size) == 2):
-            height, width = (size, size) if isinstance(size, int) else size
-            channels = getattr(config, "num_channels", 3)
-            pixels = torch.randn(2, channels, height, width, generator=generator)
-            return _Batch({main: pixels.to(device, next(root.parameters()).dtype)})
-    text = _text_config(config)
-    vocab = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None)
-    if main != "input_ids" or not isinstance(vocab, int):
-        raise ValueError(
-            f"verify cannot make inputs for {type(root).__name__}, whose input is {main}; pass "
-            "inputs= with the arguments of its forward."
-        )
-    special = _special_tokens(config) | _special_tokens(text)
-    allowed = [token for token in range(min(vocab, 4096)) if token not in special]
-    if len(allowed) < 2:
-        allowed = [0, 1]
-    choices = torch.tensor(allowed)
-    length = _length(text)
-    tokens = choices[torch.randint(len(allowed), (2, length), generator=generator)]
-    inputs = {"input_ids": tokens.to(device)}
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = tokens.flip(0).to(device)
-    return _padded(root, inputs, choices.to(device))
-
-
-def _given(root: nn.Module, inputs: Mapping[str, Tensor], seed: int) -> _Batch:
-    """The caller's inputs; padded as well if they are nothing but tokens."""
-    given = dict(inputs)
-    changed = next((key for key in ("decoder_input_ids", "input_ids") if key in given), None)
-    if changed is None:
-        return _Batch(given)
-    if given[changed].dim() != 2 or given[changed].shape[1] < 2:
-        raise ValueError(
-            f"verify needs {changed} of shape [batch, tokens] with at least 2 tokens, got "
-            f"{list(given[changed].shape)}."
-        )
-    tokens_only = set(given) <= {"input_ids", "decoder_input_ids"}
-    if tokens_only and all(value.shape[1] >= 4 for value in given.values()):
-        return _padded(root, {key: value[:1].expand(2, -1) for key, value in given.items()}, None)
-    return _Batch(given, changed)
-
-
-def _padded(root: nn.Module, inputs: dict[str, Tensor], allowed: Tensor | None) -> _Batch:
-    """A batch whose row 1 is left-padded by a third, and that row alone without padding."""
-    changed = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
-    accepts = _parameters(root)
-    tokens = inputs["input_ids"].clone()
-    if "attention_mask" not in accepts:
-        return _Batch(inputs, changed, allowed)
-    length = tokens.shape[1]
-    pad = length // 3
-    fill = getattr(_text_config(root.config), "pad_token_id", None)
-    tokens[1, :pad] = fill if isinstance(fill, int) and fill >= 0 else 0
-    mask = torch.ones_like(tokens)
-    mask[1, :pad] = 0
-    batch = {**inputs, "input_ids": tokens, "attention_mask": mask}
-    short = {key: value[1:2] for key, value in batch.items()}
-    for key in ("input_ids", "attention_mask"):
-        short[key] = short[key][:, pad:]
-    if "position_ids" in accepts:
-        batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        short["position_ids"] = batch["position_ids"][1:2, pad:]
-    return _Batch(batch, changed, allowed, pad, short)
-
-
-def _length(config: Any) -> int:
-    window = getattr(config, "sliding_window", None)
-    length = 18
-    if isinstance(window, int) and 0 < window <= 256:
-        length = max(length, 2 * window)
-    for name in ("max_position_embeddings", "max_target_positions"):
-        most = getattr(config, name, None)
-        if isinstance(most, int) and most > 0:
-            length = min(length, most)
-    return max(length - length % 3, 3)
-
-
-def _special_tokens(config: Any) -> set[int]:
-    special: set[int] = set()
-    for name, value in vars(config).items():
-        if name.endswith(("_token_id", "_token_index")):
-            values = value if isinstance(value, (list, tuple)) else [value]
-            special.update(token for token in values if isinstance(token, int))
-    return special
-
-
-def _text_config(config: Any) -> Any:
-    try:
-        return config.get_text_config()
-    except ValueError:
-        return config
-
-
-def _parameters(root: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(type(root).forward).parameters
-
-
 def _root(model: nn.Module) -> nn.Module:
     """The outermost transformers model."""
     from transformers import PreTrainedModel
 
-    found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    found = next(
+        (module for module in model.modules() if isinstance(module, PreTrainedModel)), None
+    )
     if found is None:
         raise ValueError(
             f"verify needs a transformers model to run, {type(model).__name__} holds none; run "
@@ -342,10 +231,11 @@ def _root(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _quiet(root: nn.Module, seed: int) -> Iterator[None]:
+def _quiet(root: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes and random state are restored."""
     modes = [(module, module.training) for module in root.modules()]
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    devices = {p.device.index for p in root.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
         root.eval()
         try:
             yield
@@ -355,15 +245,15 @@ def _quiet(root: nn.Module, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _watching(holders: dict[str, nn.Module]) -> Iterator[set[str]]:
-    """The names of the holders that were called inside."""
-    reached: set[str] = set()
+def _watching(modules: dict[str, nn.Module]) -> Iterator[set[str]]:
+    """The names of the modules that were called inside."""
+    called: set[str] = set()
     hooks = [
-        holder.register_forward_hook(lambda *_, name=name: reached.add(name))
-        for name, holder in holders.items()
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+        for name, module in modules.items()
     ]
     try:
-        yield reached
+        yield called
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,0 +1,170 @@
+"""The self-test of a patch: it passes on good patches, fails on bad masks, and leaves no trace."""
+
+import pytest
+import torch
+
+from attnvariants import list_variants, patch
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+
+SMALL = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def make(name="Llama", suffix="ForCausalLM", **more):
+    torch.manual_seed(0)
+    config = getattr(transformers, name + "Config")(**{**SMALL, **more})
+    return getattr(transformers, name + suffix)(config)
+
+
+@pytest.fixture
+def mask_functions():
+    """The registry of mask functions, put back as it was."""
+    registry = transformers.masking_utils.AttentionMaskInterface._global_mapping
+    patch(make(), "softmax")
+    kept = dict(registry)
+    yield registry
+    registry.clear()
+    registry.update(kept)
+
+
+@pytest.mark.parametrize("variant", list_variants())
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen3", "GPTNeoX"])
+def test_variants_pass(name, variant):
+    model = make(name, **({"sliding_window": 5} if name == "Mistral" else {}))
+    result = patch(model, variant, verify=True).verify()
+    assert result.leak == 0.0
+    assert result.padding <= result.tolerance == 1e-4
+    assert result.reached == result.modules == 2
+    assert "future leak: 0 " in str(result)
+
+
+def test_half_precision_has_its_own_tolerance():
+    result = patch(make().to(torch.bfloat16), "softpick").verify()
+    assert result.leak == 0.0
+    assert result.tolerance == 5e-2
+
+
+@pytest.mark.parametrize("wrong", ["sees everything", "loses the padding", "is not registered"])
+def test_a_wrong_mask_fails(mask_functions, wrong):
+    def everything(batch_size, *args, **kwargs):
+        length = kwargs["kv_length"]
+        return torch.ones(batch_size, 1, length, length, dtype=torch.bool)
+
+    if wrong == "is not registered":
+        del mask_functions["attnvariants"]
+    else:
+        mask_functions["attnvariants"] = (
+            everything if wrong == "sees everything" else lambda *args, **kwargs: None
+        )
+    model = make()
+    keys, config = list(model.state_dict()), model.config.to_dict()
+    if wrong == "is not registered":
+        # patch() registers what is missing, so take it away again afterwards
+        handle = patch(model, "softmax")
+        del mask_functions["attnvariants"]
+        with pytest.raises(ValueError, match="left-padded row differs"):
+            handle.verify()
+        handle.unpatch()
+    else:
+        message = "future token" if wrong == "sees everything" else "left-padded row differs"
+        with pytest.raises(ValueError, match=message):
+            patch(model, "ssmax", verify=True)
+    assert list(model.state_dict()) == keys
+    assert model.config.to_dict() == config
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_variant_that_counts_padding_fails():
+    with pytest.raises(ValueError, match="counts hidden keys"):
+        patch(make(), "relu", length="kv", verify=True)
+
+
+def test_modes_gradients_and_random_state_survive():
+    model = make(attention_dropout=0.3)
+    model.train()
+    model.model.layers[0].eval()
+    tokens = torch.arange(3, 11)[None]
+    model(tokens, labels=tokens).loss.backward()
+    modes = [module.training for module in model.modules()]
+    grads = [parameter.grad.clone() for parameter in model.parameters()]
+    handle = patch(model, "softmax")
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    handle.verify()
+    assert torch.equal(torch.rand(2), expected)
+    handle.unpatch()
+    assert [module.training for module in model.modules()] == modes
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        assert torch.equal(parameter.grad, grad)
+
+
+def test_tests_that_do_not_apply_say_so():
+    vision = {"image_size": 16, "patch_size": 4}
+    result = patch(make("ViT", "Model", **vision), "softpick").verify()
+    assert result.leak is None
+    assert result.padding is None
+    assert "not applicable (no tokens to change" in str(result)
+    handle = patch(make(), "softmax")
+    given = handle.verify({"input_ids": torch.arange(3, 11)[None]})
+    assert given.leak == 0.0
+    assert given.padding <= 1e-4
+    labelled = {"input_ids": torch.arange(3, 11)[None], "attention_mask": torch.ones(1, 8)}
+    masked = handle.verify(labelled)
+    assert masked.leak == 0.0
+    assert masked.padding is None
+
+
+def test_bidirectional_models_are_not_held_to_causality():
+    model = transformers.SplinterModel(
+        transformers.SplinterConfig(**{k: v for k, v in SMALL.items() if k[:7] != "num_key"})
+    )
+    result = patch(model, "softpick").verify()
+    assert result.leak is None
+    assert "unpatched model is not causal" in result.leak_note
+    assert result.padding <= 1e-4
+
+
+def test_bad_inputs():
+    handle = patch(make(), "softmax")
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        handle.verify({"input_ids": torch.ones(1, 1, dtype=torch.long)})
+    with pytest.raises(ValueError, match=r"cannot run the unpatched LlamaForCausalLM .* inputs="):
+        handle.verify({"pixel_values": torch.ones(1)})
+
+
+def test_values_that_overflow_are_found():
+    model = make()
+    handle = patch(model, "ssmax")
+    with torch.no_grad():
+        handle.parameters["model.layers.0.self_attn.attn_variant.s"].fill_(torch.inf)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        handle.verify()
+
+
+def test_encoder_decoder():
+    sizes = {"layers": 1, "attention_heads": 4, "ffn_dim": 64}
+    both = {f"{part}_{name}": sizes[name] for part in ("encoder", "decoder") for name in sizes}
+    config = transformers.BartConfig(vocab_size=99, d_model=32, max_position_embeddings=64, **both)
+    torch.manual_seed(0)
+    handle = patch(transformers.BartForConditionalGeneration(config), "softpick")
+    result = handle.verify()
+    assert len(handle.report.patched) == result.modules == 3
+    assert result.leak == 0.0
+
+
+def test_modules_that_a_model_does_not_run_are_counted():
+    sizes = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+    config = transformers.BartConfig(vocab_size=99, d_model=32, max_position_embeddings=64, **sizes)
+    torch.manual_seed(0)
+    result = patch(transformers.BartForCausalLM(config), "softpick").verify()
+    assert (result.modules, result.reached, result.leak) == (4, 2, 0.0)
