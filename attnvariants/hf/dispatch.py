@@ -32,6 +32,10 @@ UNSUPPORTED = {
     "block_table": "a paged cache (continuous batching)",
 }
 
+# Called after each call of a patched module with (module, query, key, output, call): the output is
+# [batch, heads, q_len, value_dim], `call` the keyword arguments of `api.iter_weights`.
+observers: list[Callable[..., None]] = []
+
 _collector: Any = None
 
 
@@ -81,22 +85,27 @@ def attention_forward(
         bias = keep if bias is None else bias + keep
         keep = keep.detach() > torch.finfo(keep.dtype).min / 2
     want_weights = _wants_weights(kwargs)
+    call = {
+        "variant": spec.variant,
+        "attn_mask": keep,
+        "bias": bias,
+        "causal": causal,
+        "softcap": kwargs.get("softcap"),
+        "scale": None if variant.own_scale else scaling,
+        **spec.options,
+    }
     result = attnvariants.attention(
         query,
         key,
         value,
-        spec.variant,
-        attn_mask=keep,
-        bias=bias,
-        causal=causal,
-        softcap=kwargs.get("softcap"),
-        scale=None if variant.own_scale else scaling,
         dropout_p=dropout,
         impl=spec.impl,
         return_weights=want_weights,
-        **spec.options,
+        **call,
     )
     out, weights = result if want_weights else (result, None)
+    for observe in observers:
+        observe(module, query, key, out, call)
     return out.transpose(1, 2).contiguous(), weights
 
 
