@@ -21,7 +21,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m bench.cpu
 
 docs: $(VENV)/.installed
-	$(BIN)/attnvariants list --markdown | $(BIN)/python -m bench.readme
+	$(BIN)/python -m bench.readme
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

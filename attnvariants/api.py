@@ -231,7 +231,7 @@ def _visibility(
         if tensor.dtype == torch.bool and name == "attn_mask":
             visible, finite = tensor, None
         elif tensor.is_floating_point():
-            visible, finite = checks.split_mask(name, tensor)
+            visible, finite = checks.split_mask(tensor)
             # a mask of zeros and -inf adds nothing, whatever the variant makes of a bias
             if name == "attn_mask" and not finite.requires_grad and not bool(finite.any()):
                 finite = None

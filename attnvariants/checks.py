@@ -115,9 +115,10 @@ def broadcastable(name: str, tensor: Any, shape: tuple[int, ...], device: torch.
     return tensor.view(sizes)
 
 
-def split_mask(name: str, tensor: Tensor) -> tuple[Tensor | None, Tensor]:
+def split_mask(tensor: Tensor) -> tuple[Tensor | None, Tensor]:
     """A float mask as (visibility or None, finite bias): -inf and the dtype's minimum hide."""
-    hidden = tensor <= torch.finfo(tensor.dtype).min
+    # half of it, so that a minimum that was rounded or converted from bfloat16 still counts
+    hidden = tensor <= torch.finfo(tensor.dtype).min / 2
     if not bool(hidden.any()):
         return None, tensor
     return ~hidden, tensor.masked_fill(hidden, 0.0)
