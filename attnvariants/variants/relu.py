@@ -10,6 +10,8 @@ Source: Wortsman et al., 2023, arXiv:2309.08586.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ def _softplus(x):
 
 
 # name: (function, its in-place form, score of a hidden key)
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], float]] = {
     "relu": (F.relu, F.relu_, 0.0),
     "relu2": (lambda x: F.relu(x).square(), lambda x: F.relu_(x).square_(), 0.0),
     "relu6": (F.relu6, lambda x: x.clamp_(0, 6), 0.0),
