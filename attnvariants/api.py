@@ -130,7 +130,7 @@ def _attention(
             weights, stats = chunked.weights_and_stats(
                 query, key, problem, return_weights, return_stats
             )
-    extra = [weights] if return_weights else []
+    extra: list[Any] = [weights] if return_weights else []
     extra += [stats] if return_stats else []
     return (out, *extra) if extra else out
 
@@ -228,12 +228,14 @@ def _visibility(
         if tensor is None:
             continue
         tensor = checks.broadcastable(name, tensor, shape, device)
+        visible: Tensor | None
+        finite: Tensor | None
         if tensor.dtype == torch.bool and name == "attn_mask":
             visible, finite = tensor, None
         elif tensor.is_floating_point():
             visible, finite = checks.split_mask(tensor)
             # a mask of zeros and -inf adds nothing, whatever the variant makes of a bias
-            if name == "attn_mask" and not finite.requires_grad and not bool(finite.any()):
+            if name == "attn_mask" and not tensor.requires_grad and not finite.any():
                 finite = None
         else:
             wanted = "bool (True = visible) or floating point" if name == "attn_mask" else "float"

@@ -361,5 +361,5 @@ def weights_and_stats(
             w, dropout = block.weights, problem.dropout
             if dropout is not None:
                 w = w * dropout.factor(*where, block.cols, w)
-            dense[(*where, block.cols)] = w
+            dense[where][..., block.cols] = w
     return dense, stats

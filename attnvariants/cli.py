@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from attnvariants import __version__
-from attnvariants.registry import Option, Variant, get_variant, list_variants
+from attnvariants.registry import Option, get_variant, list_variants
 
 try:
     import typer
@@ -66,11 +66,10 @@ def list_command(
     markdown: Annotated[bool, typer.Option(help="Print a Markdown table.")] = False,
 ) -> None:
     """List the variants with their row sums, options and sources."""
-    with _errors():
-        variants = [get_variant(name) for name in list_variants()]
     if markdown:
-        typer.echo(_markdown(variants))
+        typer.echo(variants_markdown())
         return
+    variants = [get_variant(name) for name in list_variants()]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("variant", "what it is", "rows sum to", "options", "arXiv"):
         table.add_column(heading, no_wrap=heading in ("variant", "rows sum to", "arXiv"))
@@ -83,12 +82,13 @@ def list_command(
     Console().print(table)
 
 
-def _markdown(variants: list[Variant]) -> str:
+def variants_markdown() -> str:
+    """The table of variants, in Markdown."""
     lines = [
         "| Variant | What it is | Rows sum to | Learned per head | Options and defaults | Source |",
         "|---|---|---|---|---|---|",
     ]
-    for variant in variants:
+    for variant in map(get_variant, list_variants()):
         learned = ", ".join(
             f"`{name}`" if name in variant.default_learned else f"`{name}` (if given)"
             for name in variant.learned

@@ -130,7 +130,9 @@ def flash_attn_func(
         ValueError: as `attention`.
     """
     result = _attention(
-        *(_swap(name, tensor) for name, tensor in (("query", q), ("key", k), ("value", v))),
+        _swap("q", q),
+        _swap("k", k),
+        _swap("v", v),
         get_variant(variant),
         options,
         impl=_engine(impl),

@@ -49,8 +49,8 @@ def attention(
     w, scores, keep = weights(query.to(dtype), key.to(dtype), problem)
     stats = row_stats(w, scores, keep) if want_stats else None
     if problem.dropout is not None:
-        parts = (slice(0, size) for size in w.shape)
-        w = w * problem.dropout.factor(*parts, like=w)
+        batch, heads, rows, cols = (slice(0, size) for size in w.shape)
+        w = w * problem.dropout.factor(batch, heads, rows, cols, like=w)
     grouped = w.unflatten(1, (value.shape[1], w.shape[1] // value.shape[1]))
     out = (grouped @ value.to(dtype).unsqueeze(2)).flatten(1, 2)
     return out.to(value.dtype), w, stats

@@ -87,8 +87,9 @@ def attention_varlen(
         if alibi_slopes is not None:
             slopes = alibi_slopes[index if alibi_slopes.shape[0] > 1 else 0]
         result = attention(
-            *(_sequence(tensor, span) for tensor, span in
-              ((query, span_q), (key, span_k), (value, span_k))),
+            _sequence(query, span_q),
+            _sequence(key, span_k),
+            _sequence(value, span_k),
             variant,
             causal=causal,
             window_size=window_size,
@@ -101,7 +102,7 @@ def attention_varlen(
             return_weights=return_weights,
             return_stats=return_stats,
             **options,
-        )  # fmt: skip
+        )
         results.append(result if isinstance(result, tuple) else (result,))
     out = torch.cat([result[0][0] for result in results], 1).transpose(0, 1)
     extra: list[Any] = []

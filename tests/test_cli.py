@@ -192,6 +192,9 @@ def test_diagnose_has_a_text_of_its_own(folder):
 
 
 def test_diagnose_an_encoder(tmp_path, text):
+    transformers = pytest.importorskip("transformers")
+    if transformers.__version__ < "5":
+        pytest.skip("transformers 4 computes BERT's attention itself, which patch refuses")
     save_model(tmp_path / "bert", "bert")
     make_tokenizer(special=True).save_pretrained(tmp_path / "bert")
     output = run("diagnose", tmp_path / "bert", "--text", text, "--window", 12).stdout
@@ -364,3 +367,21 @@ def test_demo_refuses_a_variant_and_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     assert "is a file" in error_of("demo", "--out", tmp_path / "file")
     assert "cannot be written" in error_of("demo", "--out", tmp_path / "file" / "under")
+
+
+def test_demo_passes_its_arguments_on(tmp_path, monkeypatch):
+    import inspect
+
+    from attnvariants import demo
+
+    signature, seen = inspect.signature(demo.run_demo), {}
+    monkeypatch.setattr(demo, "run_demo", lambda **given: seen.update(given))
+    out = tmp_path / "new" / "folder"
+    run("demo", "--quick", "--seeds", "3,1", "--variants", "softmax, relu", "--out", out)
+    signature.bind(**seen)
+    assert seen.pop("console") is not None
+    assert seen == {
+        "seeds": (3, 1), "variants": ["softmax", "relu"], "quick": True, "out": out, "jobs": None,
+    }  # fmt: skip
+    assert out.is_dir()
+    assert not list(out.iterdir())

@@ -81,7 +81,7 @@ class ActivationSums:
         `activation_metrics`.
 
         Raises:
-            ValueError: a shape or dtype is out of the contract.
+            ValueError: a shape or dtype is out of the contract, or a number is not finite.
         """
         if hidden.dim() != 3 or not hidden.is_floating_point():
             raise ValueError(
@@ -102,6 +102,8 @@ class ActivationSums:
                 self._add_sequence(states.cpu().double())
 
     def _add_sequence(self, states: Tensor) -> None:
+        if not bool(torch.isfinite(states).all()):
+            raise ValueError("hidden states hold NaN or infinity; there is nothing to measure.")
         size = states.abs()
         moments = Moments.of(states)
         self.moments = self.moments.merge(moments)

@@ -46,7 +46,7 @@ def diagnose(
 
     Raises:
         ValueError: the model cannot be patched, no attention was called, or an argument is out of
-            the contract.
+            the contract, or a weight or hidden state is not finite.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"diagnose takes a torch model, got {type(model).__name__}.")
@@ -138,12 +138,14 @@ class _Recorder:
         self._calls[name] += 1
         if self._calls[name] > 1:
             name = f"{name} #{self._calls[name]}"
-        shape = tuple(query.shape[:3])
         mask = self._mask
-        if mask is not None and tuple(mask.shape) != (shape[0], shape[2]):
+        if mask is not None and mask.shape != (query.shape[0], query.shape[2]):
             mask = None
         sums = self.layers.setdefault(name, AttentionSums(self._threshold))
-        sums.add(iter_weights(query, key, **call), shape, query_mask=mask, out=out)
+        try:
+            sums.add(iter_weights(query, key, **call), query.shape[:3], query_mask=mask, out=out)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be measured: {error}") from error
         self.variants[name] = str(call["variant"])
 
 

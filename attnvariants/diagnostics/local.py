@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attnvariants.registry import get_variant
+
 # Enough characters for a window of the longest tokens; tokenising more would take time for nothing.
 _CHARACTERS_A_TOKEN = 32
 
 
-def load_model(folder: Path) -> nn.Module:
-    """The model of a folder: a language model where there is one, else the bare model.
+def load_model(folder: Path) -> tuple[nn.Module, list[str]]:
+    """The model of a folder, and the names of weights that its files lack.
+
+    A folder saved from a language model gives one; any other gives the bare model. Variants that
+    the model was saved with are put back in.
 
     Raises:
         ValueError: the folder, its config or its weights are missing or cannot be read.
     """
     check_folder(folder)
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     config = _load(lambda: AutoConfig.from_pretrained(folder, **local), folder, "config")
@@ -28,14 +35,54 @@ def load_model(folder: Path) -> nn.Module:
             f"{folder} holds an encoder-decoder model, which needs inputs for both; call "
             "attnvariants.diagnostics.diagnose with them."
         )
-    auto = (
-        AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
-    )
-    return _load(
-        lambda: auto.from_pretrained(folder, config=config, use_safetensors=True, **local),
+    named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) or ()
+    language = (named,) if isinstance(named, str) else named
+    saved = getattr(config, "architectures", None) or ()
+    auto = AutoModelForCausalLM if any(name in language for name in saved) else AutoModel
+    model, info = _load(
+        lambda: auto.from_pretrained(
+            folder, config=config, use_safetensors=True, output_loading_info=True, **local
+        ),
         folder,
         "model",
     )
+    if getattr(config, "attn_variants", None):
+        _load(lambda: _restore(model, config.attn_variants["patches"], folder), folder, "variant")
+    return model, sorted(info["missing_keys"])
+
+
+def _restore(model: nn.Module, patches: list[dict[str, Any]], folder: Path) -> None:
+    """Patch a model as its config records it and load what it had learned."""
+    from safetensors import safe_open
+
+    from attnvariants.hf import patch
+    from attnvariants.hf.holder import CHILD
+
+    for entry in patches:
+        variant, names = get_variant(entry["variant"]), frozenset(entry["modules"])
+        learned = {name: variant.options[name].default for name in entry["learned"]}
+        patch(
+            model,
+            variant,
+            layers=_named(names),
+            impl=entry["impl"],
+            **entry["options"],
+            **learned,
+        )
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors |= {n: file.get_tensor(n) for n in file.keys() if f".{CHILD}." in n}  # noqa: SIM118
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    absent = [name for name in missing if f".{CHILD}." in name]
+    if absent or unexpected:
+        raise ValueError(
+            f"its learned values do not match its config at {(absent or unexpected)[0]}."
+        )
+
+
+def _named(names: frozenset[str]) -> Callable[[str, nn.Module], bool]:
+    return lambda name, module: name in names
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -78,7 +125,7 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def _load(load: Any, folder: Path, what: str) -> Any:
+def _load(load: Callable[[], Any], folder: Path, what: str) -> Any:
     from safetensors import SafetensorError
 
     try:
@@ -143,7 +190,7 @@ def text_windows(tokenizer: Any, text: str, window: int, count: int) -> Tensor:
     return torch.tensor(full[:count], dtype=torch.int64)
 
 
-def check_fits(model: nn.Module, ids: Tensor) -> None:
+def check_fits(model: Any, ids: Tensor) -> None:
     """Raise ValueError unless the model has embeddings for these tokens and positions."""
     config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -57,7 +57,7 @@ class AttentionSums:
     def add(
         self,
         blocks: Iterable[WeightBlock],
-        shape: tuple[int, int, int],
+        shape: Sequence[int],
         *,
         query_mask: Tensor | None = None,
         out: Tensor | None = None,
@@ -71,7 +71,8 @@ class AttentionSums:
             out: `[batch, heads, q_len, value_dim]`, the heads' outputs, for dead heads.
 
         Raises:
-            ValueError: `query_mask` or `out` has another shape, or heads differ between batches.
+            ValueError: `query_mask` or `out` has another shape, heads differ between batches, or
+                a weight is not finite.
         """
         batch, heads, q_len = shape
         if query_mask is not None and (
@@ -94,11 +95,11 @@ class AttentionSums:
         if query_mask is not None:
             counted &= query_mask.cpu()[:, None, :]
         for name, value in _sums(rows, counted, self.sink_threshold).items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._sums[name] = self._sums.get(name, 0.0) + value.double()
         if out is not None:
             silent = (out.detach().abs().amax(-1) < DEAD_OUTPUT).cpu() & counted
             for name, value in (("silent", silent), ("outputs", counted)):
-                self._sums[name] = self._sums.get(name, 0.0) + _over_rows(value.double())
+                self._sums[name] = self._sums.get(name, 0.0) + _over_rows(value).double()
 
     def metrics(self) -> AttentionMetrics:
         """The figures of all batches added.
@@ -172,7 +173,7 @@ def attention_metrics(
     if value is not None:
         with torch.no_grad():
             out = attention(query, key, value, variant, **call)
-    sums.add(blocks, tuple(query.shape[:3]), query_mask=query_mask, out=out)
+    sums.add(blocks, query.shape[:3], query_mask=query_mask, out=out)
     return sums.metrics()
 
 
@@ -186,7 +187,7 @@ def check_threshold(sink_threshold: float) -> float:
     return float(sink_threshold)
 
 
-def _read(blocks: Iterable[WeightBlock], shape: tuple[int, int, int]) -> dict[str, Tensor]:
+def _read(blocks: Iterable[WeightBlock], shape: Sequence[int]) -> dict[str, Tensor]:
     """Figures of each row, `[batch, heads, q_len]` on the CPU; 0 for rows of no block."""
     names = ("visible", "first", "at_first", "mass", "size", "entropy", "zeros")
     rows = torch.zeros(len(names), *shape, dtype=torch.float64)
@@ -209,6 +210,8 @@ def _read(blocks: Iterable[WeightBlock], shape: tuple[int, int, int]) -> dict[st
         )
         part = torch.stack([figure.to(weights.dtype) for figure in read])
         rows[:, block.batch, block.heads, block.rows] = part.cpu().double()
+    if not bool(torch.isfinite(rows).all()):
+        raise ValueError("attention weights hold NaN or infinity; there is nothing to measure.")
     return dict(zip(names, rows, strict=True))
 
 
@@ -226,7 +229,7 @@ def _sums(rows: dict[str, Tensor], counted: Tensor, threshold: float) -> dict[st
     choosing_weight, has_choice = _row_mean(at_first, chooses)
     proportion, _ = _row_mean(share, sees & live)
     return {
-        "samples": has.sum(0).double(),
+        "samples": has.sum(0),
         "sinks": ((weight > threshold) & has).sum(0),
         "sink_weight": weight.sum(0),
         "choosing_samples": has_choice.sum(0),
@@ -234,10 +237,10 @@ def _sums(rows: dict[str, Tensor], counted: Tensor, threshold: float) -> dict[st
         "proportional_sinks": ((proportion > threshold) & has).sum(0),
         "sink_mass": _over_rows(at_first.abs() * chooses),
         "choosing_mass": _over_rows(size * chooses),
-        "rows": _over_rows(counted.double()),
+        "rows": _over_rows(counted),
         "mass": _over_rows(rows["mass"] * counted),
-        "dead": _over_rows((counted & ~live).double()),
-        "live": _over_rows(live.double()),
+        "dead": _over_rows(counted & ~live),
+        "live": _over_rows(live),
         "entropy": _over_rows(rows["entropy"] * live),
         "zeros": _over_rows(rows["zeros"] * counted),
         "visible": _over_rows(rows["visible"] * counted),
@@ -256,4 +259,4 @@ def _over_rows(figure: Tensor) -> Tensor:
 
 def _over(total: Tensor, count: Tensor) -> Tensor:
     """`total / count`, 0 where there is nothing to count."""
-    return torch.where(count > 0, total / torch.where(count > 0, count, 1.0), 0.0)
+    return torch.where(count > 0, total / count.clamp(min=torch.finfo(torch.float64).tiny), 0.0)

@@ -98,8 +98,8 @@ class Report:
             if name != "dead_head"
         }
         summary["dead_heads"] = int(sum(float(figure["dead_head"].sum()) for figure in figures))
-        if self.hidden:
-            states = list(self.hidden.values())
+        states = list(self.hidden.values())
+        if states and self.kurtosis_pooled is not None:
             summary["kurtosis"] = sum(state.kurtosis for state in states) / len(states)
             summary["kurtosis_pooled"] = self.kurtosis_pooled
             for name in ("max_abs", "largest", "massive", "first_token_ratio"):

@@ -48,7 +48,8 @@ def ratio(scores, rows, *, act, length, power):
 
 
 def fused(scores, rows, *, act, length, power):
-    apply = ACTIVATIONS[act][0 if scores.requires_grad else 1]
+    out_of_place, in_place, _ = ACTIVATIONS[act]
+    apply = out_of_place if scores.requires_grad else in_place
     return apply(scores), length_power(rows, length, power)
 
 
