@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from attnvariants import checks, chunked, reference
+from attnvariants.autocast import autocast_inputs, no_autocast
 from attnvariants.dropout import Dropout
 from attnvariants.geometry import Geometry
-from attnvariants.problem import Problem, compute_dtype
+from attnvariants.problem import Problem, compute_dtype, pick
 from attnvariants.registry import Variant, get_variant, suggest
 
 ENGINES = ("auto", "reference", "chunked")
@@ -49,8 +50,9 @@ def attention(
         key: `[batch, kv_heads, kv_len, head_dim]`; heads is a multiple of kv_heads (GQA, MQA).
         value: `[batch, kv_heads, kv_len, value_dim]`.
         variant: a name from `list_variants()` or a `Variant`.
-        attn_mask: bool, True = visible, or float, added to the scores as in PyTorch's SDPA with
-            its -inf and dtype-minimum entries hidden; broadcasts to [batch, heads, q_len, kv_len].
+        attn_mask: bool, True = visible, or float, added to the scores as in PyTorch's SDPA, its
+            entries at or below half its dtype's minimum (-inf included) hidden; broadcasts to
+            [batch, heads, q_len, kv_len].
         bias: float, added to the scores, with a gradient; broadcasts likewise; -inf hides.
         causal: hide the future; the last query is aligned with the last key (bottom right).
         window_size: (left, right), keys within `position - left .. position + right`; -1 is
@@ -119,28 +121,21 @@ def _attention(
     return_stats: bool = False,
     **call: Any,
 ) -> Any:
-    query, key, value = _autocast(query, key, value)
-    query, key, problem = prepare(query, key, value, variant, options, **call)
-    if impl == "reference":
-        out, weights, stats = reference.attention(query, key, value, problem, return_stats)
-    else:
-        out = chunked.attention(query, key, value, problem)
-        weights, stats = None, None
-        if return_weights or return_stats:
-            weights, stats = chunked.weights_and_stats(
-                query, key, problem, return_weights, return_stats
-            )
+    query, key, value = autocast_inputs(query, key, value)
+    with no_autocast(query):
+        query, key, problem = prepare(query, key, value, variant, options, **call)
+        if impl == "reference":
+            out, weights, stats = reference.attention(query, key, value, problem, return_stats)
+        else:
+            out = chunked.attention(query, key, value, problem)
+            weights, stats = None, None
+            if return_weights or return_stats:
+                weights, stats = chunked.weights_and_stats(
+                    query, key, problem, return_weights, return_stats
+                )
     extra: list[Any] = [weights] if return_weights else []
     extra += [stats] if return_stats else []
     return (out, *extra) if extra else out
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = getattr(tensors[0], "device", torch.device("cpu")).type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
 
 
 def prepare(
@@ -171,7 +166,7 @@ def prepare(
     shape = batch, heads, q_len, kv_len
 
     left, right = checks.check_window(window_size)
-    right = 0 if causal else right
+    right = 0 if checks.check_flag("causal", causal) else right
     geometry = Geometry(q_len, kv_len, kv_len - q_len if offset is None else offset, left, right)
     keep, bias = _visibility(attn_mask, bias, shape, device)
     slopes = None
@@ -189,7 +184,9 @@ def prepare(
             raise ValueError(f"{variant.name} takes no {feature}: {reason}.")
 
     full_options = {
-        name: _per_head(variant, name, value, heads, device) if isinstance(value, Tensor) else value
+        name: _per_head(variant, name, value, heads, device).to(dtype)
+        if isinstance(value, Tensor)
+        else value
         for name, value in variant.resolve(options).items()
     }
     visible, any_blind = _count(geometry, keep, device)
@@ -208,10 +205,9 @@ def prepare(
     )
     rows = problem.rows(slice(0, batch), slice(0, heads), slice(0, q_len), dtype)
     if variant.check is not None:
-        variant.check(rows, full_options)
+        variant.check(rows, full_options, scale)
     if variant.prepare is not None:
-        with torch.autocast(device.type, enabled=False):
-            query, key = variant.prepare(query.to(dtype), key.to(dtype), rows, **full_options)
+        query, key = variant.prepare(query.to(dtype), key.to(dtype), rows, **full_options)
     return query, key, problem
 
 
@@ -228,6 +224,8 @@ def _visibility(
         if tensor is None:
             continue
         tensor = checks.broadcastable(name, tensor, shape, device)
+        if not tensor.requires_grad:
+            tensor = checks.collapse(tensor)
         visible: Tensor | None
         finite: Tensor | None
         if tensor.dtype == torch.bool and name == "attn_mask":
@@ -270,18 +268,16 @@ def _count(geometry: Geometry, keep: Tensor | None, device: torch.device) -> tup
         ends = geometry.columns(0, 1), geometry.columns(geometry.q_len - 1, geometry.q_len)
         # counts rise, stay and fall along the rows, so the first and the last row are the poorest
         return visible, any(end.start == end.stop for end in ends) and geometry.q_len > 0
-    if geometry.unlimited:
-        visible = keep.sum(-1) if keep.shape[-1] > 1 else keep[..., 0] * geometry.kv_len
-        visible = visible.expand(*visible.shape[:2], geometry.q_len)
-    else:
-        counts = []
-        for start in range(0, geometry.q_len, 256):
-            rows = slice(start, min(start + 256, geometry.q_len))
-            cols = geometry.columns(rows.start, rows.stop)
-            part = keep if keep.shape[2] == 1 else keep[:, :, rows]
-            part = part if part.shape[3] == 1 else part[..., cols]
-            counts.append((part & geometry.keep(rows, cols, device)).sum(-1))
-        visible = torch.cat(counts, -1) if counts else keep.new_zeros(1, 1, 0, dtype=torch.int64)
+    if geometry.unlimited and keep.shape[2] == 1 and keep.shape[3] == geometry.kv_len:
+        visible = keep.sum(-1).expand(*keep.shape[:2], geometry.q_len)
+        return visible, bool((visible == 0).any())
+    counts = []
+    for start in range(0, geometry.q_len, 256):
+        rows = slice(start, min(start + 256, geometry.q_len))
+        cols = geometry.columns(rows.start, rows.stop)
+        part = pick(pick(keep, 2, rows), 3, cols)
+        counts.append((part & geometry.keep(rows, cols, device)).sum(-1))
+    visible = torch.cat(counts, -1) if counts else keep.new_zeros(1, 1, 0, dtype=torch.int64)
     return visible, bool((visible == 0).any())
 
 
@@ -317,8 +313,8 @@ def iter_weights(
     Raises:
         ValueError: as `attention`, at the call.
     """
-    query, key = _autocast(query, key)
-    with torch.no_grad():
+    query, key = autocast_inputs(query, key)
+    with torch.no_grad(), no_autocast(query):
         query, key, problem = prepare(
             query,
             key,

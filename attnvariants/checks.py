@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 _LAYOUTS = {4: "[batch, heads, tokens, head_dim]", 3: "[tokens, heads, head_dim]"}
 
 
@@ -24,8 +25,11 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, rank: int = 4) -> None:
                 f"{name} must have {rank} dimensions, {_LAYOUTS[rank]}, "
                 f"got shape {list(tensor.shape)}."
             )
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}; convert it.")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{name} must be floating point of 16, 32 or 64 bits, got {tensor.dtype}; "
+                "convert it."
+            )
     for name in ("key", "value"):
         if named[name].dtype != query.dtype:
             raise ValueError(
@@ -68,6 +72,11 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, rank: int = 4) -> None:
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     """`value` as a finite float within bounds."""
     if isinstance(value, Tensor) and value.numel() == 1:
+        if value.requires_grad:
+            raise ValueError(
+                f"{name} must be a number, got a tensor that requires a gradient, which it would "
+                "not get; multiply query by it instead."
+            )
         value = value.item()
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low <= value <= high:
@@ -95,6 +104,13 @@ def check_window(window_size: Any) -> tuple[int | None, int | None]:
     return left, right
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """`value` as a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+    return value
+
+
 def broadcastable(name: str, tensor: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """`tensor` as 4-D, its sizes those of `shape` or 1."""
     if not isinstance(tensor, Tensor):
@@ -115,6 +131,14 @@ def broadcastable(name: str, tensor: Any, shape: tuple[int, ...], device: torch.
     return tensor.view(sizes)
 
 
+def collapse(mask: Tensor) -> Tensor:
+    """`mask` with the dimensions it was merely expanded along back at size 1."""
+    for dim in range(mask.dim()):
+        if mask.stride(dim) == 0 and mask.shape[dim] > 1:
+            mask = mask.narrow(dim, 0, 1)
+    return mask
+
+
 def split_mask(tensor: Tensor) -> tuple[Tensor | None, Tensor]:
     """A float mask as (visibility or None, finite bias): -inf and the dtype's minimum hide."""
     # half of it, so that a minimum that was rounded or converted from bfloat16 still counts
@@ -127,7 +151,10 @@ def split_mask(tensor: Tensor) -> tuple[Tensor | None, Tensor]:
 def check_slopes(slopes: Any, batch: int, heads: int, device: torch.device) -> Tensor:
     """ALiBi slopes as [1 or batch, heads]."""
     if not isinstance(slopes, Tensor) or not slopes.is_floating_point():
-        raise ValueError("alibi_slopes must be a floating tensor [heads] or [batch, heads].")
+        got = slopes.dtype if isinstance(slopes, Tensor) else type(slopes).__name__
+        raise ValueError(
+            f"alibi_slopes must be a floating tensor [heads] or [batch, heads], got {got}."
+        )
     if slopes.device != device:
         raise ValueError(
             f"alibi_slopes must be on query's device {device}, got {slopes.device}; move it."
@@ -137,13 +164,18 @@ def check_slopes(slopes: Any, batch: int, heads: int, device: torch.device) -> T
             f"alibi_slopes must have shape [{heads}] or [{batch}, {heads}], "
             f"got {list(slopes.shape)}."
         )
+    if slopes.device.type == "cpu" and not bool(torch.isfinite(slopes.detach()).all()):
+        raise ValueError("alibi_slopes must be finite, got NaN or infinity.")
     return slopes.view(-1, heads)
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Any, tokens: int, of: str) -> list[int]:
     """The boundaries of packed sequences as integers."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} must be an int32 or int64 tensor [sequences + 1].")
+        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise ValueError(
+            f"{name} must be an int32 or int64 tensor [sequences + 1], got {got}; convert it."
+        )
     if cu_seqlens.dim() != 1 or not cu_seqlens.numel():
         raise ValueError(f"{name} must have shape [sequences + 1], got {list(cu_seqlens.shape)}.")
     bounds = cu_seqlens.tolist()

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from attnvariants.autocast import no_autocast
 from attnvariants.problem import Problem, RowStats, block_of, compute_dtype, pick
 from attnvariants.reference import row_stats
 
@@ -56,6 +57,10 @@ class _Block:
     def where(self) -> tuple[slice, slice, slice, slice]:
         return self.batch, self.heads, self.rows, self.cols
 
+    @property
+    def height(self) -> int:
+        return self.rows.stop - self.rows.start
+
     def queries(self, tensor: Tensor) -> Tensor:
         return tensor[self.batch, self.heads, self.rows]
 
@@ -64,13 +69,14 @@ class _Block:
 
     def group(self, tensor: Tensor) -> Tensor:
         """[batch, heads, rows, width] to [batch, kv_heads, group * rows, width]."""
-        shape = tensor.shape[0], self.kv_heads.stop - self.kv_heads.start, -1, tensor.shape[-1]
-        return tensor.reshape(shape)
+        kv_heads = self.kv_heads.stop - self.kv_heads.start
+        rows = tensor.shape[1] * tensor.shape[2] // kv_heads
+        return tensor.reshape(tensor.shape[0], kv_heads, rows, tensor.shape[-1])
 
     def ungroup(self, tensor: Tensor) -> Tensor:
         """[batch, kv_heads, group * rows, width] back to [batch, heads, rows, width]."""
-        shape = tensor.shape[0], self.heads.stop - self.heads.start, -1, tensor.shape[-1]
-        return tensor.view(shape)
+        heads = self.heads.stop - self.heads.start
+        return tensor.view(tensor.shape[0], heads, self.height, tensor.shape[-1])
 
 
 def _blocks(batch: int, kv_heads: int, group: int, problem: Problem) -> Iterator[_Block]:
@@ -142,7 +148,7 @@ class _Part:
             return
         block, geometry = self.block, self.problem.geometry
         for edge in geometry.edges(block.rows, block.cols):
-            hidden = geometry.hidden_edge(block.rows, edge, tensor.device)
+            hidden = self.problem.hidden_edge(block.rows, edge, tensor.device)
             start = edge.start - block.cols.start
             tensor[..., start : start + edge.stop - edge.start].masked_fill_(hidden, value)
 
@@ -278,29 +284,35 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, problem, query, key, value, bias, slopes, *learned):
         out = _forward(query, key, value, problem)
-        ctx.problem = problem
-        ctx.save_for_backward(query, key, value, out)
+        held = bias, slopes, problem.keep, problem.visible
+        ctx.save_for_backward(query, key, value, out, *held, *learned)
+        ctx.learned = list(problem.learned)
+        # tensors live in saved_tensors alone, which notices if they are changed in place
+        plain = {k: v for k, v in problem.options.items() if k not in ctx.learned}
+        ctx.problem = replace(problem, options=plain, bias=None, slopes=None, keep=None)
         return out.to(value.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        query, key, value, out = ctx.saved_tensors
-        problem, needs = ctx.problem, ctx.needs_input_grad
-        dtype = out.dtype
+        query, key, value, out, bias, slopes, keep, visible, *learned = ctx.saved_tensors
+        needs, dtype = ctx.needs_input_grad, out.dtype
+        options = {**ctx.problem.options, **dict(zip(ctx.learned, learned, strict=True))}
+        problem = replace(
+            ctx.problem, options=options, bias=bias, slopes=slopes, keep=keep, visible=visible
+        )
 
         def zeros(tensor, needed):
             return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) if needed else None
 
-        learned = problem.learned
-        wanted = [name for name, need in zip(learned, needs[6:], strict=True) if need]
+        wanted = [name for name, need in zip(ctx.learned, needs[6:], strict=True) if need]
         into = _Grads(
             zeros(query, needs[1]),
             zeros(key, needs[2]),
             zeros(value, needs[3]),
             zeros(problem.bias, needs[4]),
             zeros(problem.slopes, needs[5]),
-            {name: zeros(learned[name], True) for name in wanted},
+            {name: zeros(options[name], True) for name in wanted},
         )
         _backward(grad_out, out, query, key, value, problem, into)
         tensors = query, key, value, problem.bias, problem.slopes
@@ -308,17 +320,15 @@ class _Attention(torch.autograd.Function):
         return (
             None,
             *(g if g is None else g.to(t.dtype) for t, g in zip(tensors, grads, strict=True)),
-            *(into.learned[name].to(learned[name].dtype) if name in wanted else None
-              for name in learned),
-        )  # fmt: skip
+            *(into.learned.get(name) for name in ctx.learned),
+        )
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tensor:
     """The output of a prepared call, `[batch, heads, q_len, value_dim]`."""
-    with torch.autocast(query.device.type, enabled=False):
-        return _Attention.apply(
-            problem, query, key, value, problem.bias, problem.slopes, *problem.learned.values()
-        )
+    return _Attention.apply(
+        problem, query, key, value, problem.bias, problem.slopes, *problem.learned.values()
+    )
 
 
 def weight_blocks(query: Tensor, key: Tensor, problem: Problem) -> Iterator[WeightBlock]:
@@ -326,7 +336,7 @@ def weight_blocks(query: Tensor, key: Tensor, problem: Problem) -> Iterator[Weig
     q, k = _ready(query), _ready(key)
     batch, heads = q.shape[:2]
     for block in _blocks(batch, k.shape[1], heads // k.shape[1], problem):
-        with torch.no_grad():
+        with torch.no_grad(), no_autocast(q):
             part = _Part(block, q, k, problem)
             scores = part.scores.clone()
             numerator, denominator = part.ratio(part.shown(), part.options())

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnvariants.api import _attention, _engine
+from attnvariants.api import _attention, _engine, attention
+from attnvariants.problem import RowStats
 from attnvariants.registry import Variant, get_variant
 from attnvariants.varlen import attention_varlen
 
@@ -30,8 +31,9 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention` with a variant.
 
     Args:
-        query: `[..., heads, q_len, head_dim]`, or `[..., q_len, head_dim]` of 2 or 3 dimensions.
-        key: `[..., kv_heads, kv_len, head_dim]`; kv_heads may differ only with `enable_gqa`.
+        query: `[..., heads, q_len, head_dim]`, or `[..., q_len, head_dim]` of 2 or 3 dimensions;
+            leading sizes of the three broadcast as PyTorch's do.
+        key: `[..., kv_heads, kv_len, head_dim]`; heads may be a multiple with `enable_gqa`.
         value: `[..., kv_heads, kv_len, value_dim]`.
         attn_mask: bool (True = visible) or float (added); broadcasts to [..., q_len, kv_len].
         is_causal: upper-left aligned, as in PyTorch: row i sees keys 0 .. i.
@@ -45,30 +47,17 @@ def scaled_dot_product_attention(
     """
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal=True; put causality in the mask.")
-    tensors = query, key, value
-    for name, tensor in zip(("query", "key", "value"), tensors, strict=True):
-        if not isinstance(tensor, Tensor) or tensor.dim() < 2 or tensor.dim() != query.dim():
-            raise ValueError(
-                f"{name} must be a tensor of as many dimensions as query, at least 2, "
-                f"got {list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor)}."
-            )
-    lead = query.shape[:-2]
-    if query.dim() != 4:
-        for name, tensor in (("key", key), ("value", value)):
-            if tensor.shape[:-3] != query.shape[:-3]:
-                raise ValueError(
-                    f"{name} must have query's leading sizes {list(query.shape[:-3])}, "
-                    f"got {list(tensor.shape[:-3])}."
-                )
-        query, key, value = (_four(tensor) for tensor in tensors)
-        if attn_mask is not None and attn_mask.dim() > 2:
-            full = attn_mask.expand(*lead[:-1], *attn_mask.shape[-3:])
-            attn_mask = _four(full)
-    if query.shape[1] != key.shape[1] and not enable_gqa:
-        raise ValueError(
-            f"key has {key.shape[1]} heads and query has {query.shape[1]}; "
-            "pass enable_gqa=True if that is meant."
-        )
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor) or tensor.dim() < 2:
+            got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name} must be a tensor of at least 2 dimensions, got {got}.")
+    lead = _leading(query, key, value, enable_gqa)
+    query, key, value = (
+        _four(tensor, (*lead[:-1], tensor.shape[-3]) if enable_gqa else lead)
+        for tensor in (query, key, value)
+    )
+    if attn_mask is not None:
+        attn_mask = _four_mask(attn_mask, lead)
     out = _attention(
         query,
         key,
@@ -83,13 +72,44 @@ def scaled_dot_product_attention(
         generator=generator,
         offset=0,
     )
-    return out if query is tensors[0] else out.reshape(*lead, *out.shape[-2:])
+    return out.reshape(*lead, *out.shape[-2:])
 
 
-def _four(tensor: Tensor) -> Tensor:
-    if tensor.dim() < 4:
-        return tensor.view((1,) * (4 - tensor.dim()) + tuple(tensor.shape))
-    return tensor.flatten(0, -4)
+def _leading(query: Tensor, key: Tensor, value: Tensor, gqa: bool) -> tuple[int, ...]:
+    """The leading sizes of the output, by PyTorch's broadcasting."""
+    if gqa and min(query.dim(), key.dim(), value.dim()) < 3:
+        raise ValueError("enable_gqa=True needs query, key and value with a dimension of heads.")
+    cut = -3 if gqa else -2
+    try:
+        lead = torch.broadcast_shapes(*(t.shape[:cut] for t in (query, key, value)))
+    except RuntimeError:
+        sizes = ", ".join(str(list(t.shape)) for t in (query, key, value))
+        hint = "" if gqa else "; pass enable_gqa=True if fewer key heads are meant"
+        raise ValueError(
+            f"query, key and value must have leading sizes that broadcast, got {sizes}{hint}."
+        ) from None
+    return (*lead, query.shape[-3]) if gqa else tuple(lead)
+
+
+def _four(tensor: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """`[..., rows, width]` broadcast to `lead` and brought to four dimensions."""
+    full = tensor.expand(*lead, *tensor.shape[-2:])
+    if len(lead) < 2:
+        return full.view((1,) * (2 - len(lead)) + tuple(full.shape))
+    return full.flatten(0, -4) if len(lead) > 2 else full
+
+
+def _four_mask(mask: Any, lead: tuple[int, ...]) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"attn_mask must be a torch.Tensor, got {type(mask).__name__}.")
+    if len(lead) <= 2 or mask.dim() <= 2:
+        return mask
+    try:
+        return _four(mask, lead)
+    except RuntimeError:
+        raise ValueError(
+            f"attn_mask must broadcast to {[*lead, 'q_len', 'kv_len']}, got {list(mask.shape)}."
+        ) from None
 
 
 def flash_attn_func(
@@ -119,7 +139,8 @@ def flash_attn_func(
         causal: bottom-right aligned.
         deterministic: accepted; every engine here is.
         return_attn_probs: also return `softmax_lse` [batch, heads, q_len], the log-sum-exp of the
-            scores in float32, and the weights if there is dropout, negative where dropped.
+            scores in float32 (inf for a row that sees no key), and, if there is dropout, the
+            weights before it, negative where it drops them.
         dropout_p, softmax_scale, window_size, softcap, alibi_slopes, variant, impl, generator,
             options: as in `attention`.
 
@@ -129,27 +150,32 @@ def flash_attn_func(
     Raises:
         ValueError: as `attention`.
     """
-    result = _attention(
-        _swap("q", q),
-        _swap("k", k),
-        _swap("v", v),
-        get_variant(variant),
-        options,
-        impl=_engine(impl),
-        causal=causal,
-        window_size=window_size,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        scale=softmax_scale,
-        dropout_p=dropout_p,
-        generator=generator,
-        return_weights=return_attn_probs and dropout_p > 0,
-        return_stats=return_attn_probs,
-    )
+    query, key, value = _swap("q", q), _swap("k", k), _swap("v", v)
+    call: dict[str, Any] = {
+        "impl": impl,
+        "causal": causal,
+        "window_size": window_size,
+        "alibi_slopes": alibi_slopes,
+        "softcap": softcap,
+        "scale": softmax_scale,
+        **options,
+    }
+    dropout: dict[str, Any] = {"dropout_p": dropout_p, "generator": generator}
     if not return_attn_probs:
-        return result.transpose(1, 2)
-    weights = result[1] if dropout_p > 0 else None
-    return result[0].transpose(1, 2), result[-1].lse.float(), weights
+        return attention(query, key, value, variant, **dropout, **call).transpose(1, 2)
+    out, used, stats = attention(
+        query, key, value, variant, return_weights=True, return_stats=True, **dropout, **call
+    )
+    signed = None
+    if dropout_p > 0:
+        _, full = attention(query, key, value, variant, return_weights=True, **call)
+        signed = torch.where((used == 0) & (full != 0), -full, full)
+    return out.transpose(1, 2), _flash_lse(stats), signed
+
+
+def _flash_lse(stats: RowStats) -> Tensor:
+    lse = stats.lse.float()
+    return lse.masked_fill(lse.isneginf(), torch.inf)
 
 
 def _swap(name: str, tensor: Tensor) -> Tensor:
@@ -222,4 +248,4 @@ def flash_attn_varlen_func(
     )
     if not return_attn_probs:
         return result
-    return result[0], result[1].lse.float(), None
+    return result[0], _flash_lse(result[1]), None

@@ -1,7 +1,8 @@
 """Dropout of attention weights by a counter: the same mask in every engine, block size and device.
 
-The random number of a weight is Philox4x32-10 (Salmon et al., 2011) keyed by the seed, at the
-counter `((batch * heads + head) * q_len + row) * kv_len + column`.
+The random numbers are Philox4x32-10 (Salmon et al., 2011) keyed by the seed: the weight of a row
+and column takes word `column % 4` at the counter
+`((batch * heads + head) * q_len + row) * ceil(kv_len / 4) + column // 4`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _WEYL = 0x9E3779B9, 0xBB67AE85
 
 
 def philox(seed: int, counter: Tensor) -> Tensor:
-    """First 32-bit word of Philox4x32-10 at int64 counters, as int64 in [0, 2^32)."""
+    """The four words of Philox4x32-10 at int64 counters, `[..., 4]`, int64 in [0, 2^32)."""
     key = [seed & _LOW, (seed >> 32) & _LOW]
     c0, c1 = counter & _LOW, (counter >> 32) & _LOW
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
@@ -27,7 +28,7 @@ def philox(seed: int, counter: Tensor) -> Tensor:
         c0, c2 = ((p1 >> 32) & _LOW) ^ c1 ^ key[0], ((p0 >> 32) & _LOW) ^ c3 ^ key[1]
         c1, c3 = p1 & _LOW, p0 & _LOW
         key = [(k + w) & _LOW for k, w in zip(key, _WEYL, strict=True)]
-    return c0
+    return torch.stack([c0, c1, c2, c3], -1)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Dropout:
 
         line = index(batch).view(-1, 1, 1) * self.heads + index(heads).view(-1, 1)
         line = line * self.q_len + index(rows)
-        counter = line.unsqueeze(-1) * self.kv_len + index(cols)
-        kept = philox(self.seed, counter) >= int(self.p * 2**32)
+        fours = slice(cols.start // 4, -(-cols.stop // 4))
+        counter = line.unsqueeze(-1) * -(-self.kv_len // 4) + index(fours)
+        words = philox(self.seed, counter).flatten(-2)[..., cols.start - 4 * fours.start :]
+        kept = words[..., : cols.stop - cols.start] >= int(self.p * 2**32)
         return kept.to(like.dtype) / (1 - self.p)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -61,12 +60,6 @@ class Geometry:
             keep &= distance <= self.right
         return keep
 
-    def hidden_edge(self, rows: slice, cols: slice, device: torch.device) -> Tensor:
-        """`~keep(rows, cols)`, remembered: a few small masks serve all blocks of a call."""
-        height, width = rows.stop - rows.start, cols.stop - cols.start
-        shift = rows.start + self.offset - cols.start
-        return _hidden_edge(height, width, shift, self.left, self.right, device)
-
     def edges(self, rows: slice, cols: slice) -> list[slice]:
         """The parts of `cols` that some, but perhaps not all, of these rows see."""
         first, last = rows.start + self.offset, rows.stop - 1 + self.offset
@@ -76,13 +69,3 @@ class Geometry:
             return [cols] if cols.stop > cols.start else []
         parts = slice(cols.start, left_end), slice(right_start, cols.stop)
         return [part for part in parts if part.stop > part.start]
-
-
-@lru_cache(maxsize=64)
-def _hidden_edge(
-    height: int, width: int, shift: int, left: int | None, right: int | None, device: torch.device
-) -> Tensor:
-    # made outside inference mode, so that a later training call can use it too
-    with torch.inference_mode(False):
-        edge = Geometry(height, width, shift, left, right)
-        return ~edge.keep(slice(0, height), slice(0, width), device)

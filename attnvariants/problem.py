@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +50,17 @@ class Problem:
     slopes: Tensor | None = None
     dropout: Dropout | None = None
     any_blind: bool = False
+    edges: dict[tuple[int, ...], Tensor] = field(default_factory=dict, compare=False)
+
+    def hidden_edge(self, rows: slice, cols: slice, device: torch.device) -> Tensor:
+        """Which of these keys these rows do not see by geometry alone, bool `[rows, cols]`.
+
+        Remembered in `edges`: a few small masks serve all blocks of a call.
+        """
+        place = rows.stop - rows.start, cols.stop - cols.start, rows.start - cols.start
+        if place not in self.edges:
+            self.edges[place] = ~self.geometry.keep(rows, cols, device)
+        return self.edges[place]
 
     @property
     def hidden(self) -> float:

@@ -9,13 +9,26 @@ import pkgutil
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_EMPTY: Mapping[str, Any] = MappingProxyType({})
+# What `attention` takes besides a variant's options, for suggestions.
+CALL_ARGUMENTS = (
+    "attn_mask",
+    "bias",
+    "causal",
+    "window_size",
+    "alibi_slopes",
+    "softcap",
+    "scale",
+    "dropout_p",
+    "generator",
+    "impl",
+    "return_weights",
+    "return_stats",
+)
 
 
 class Rows(NamedTuple):
@@ -129,7 +142,7 @@ class Variant:
         scale: default score multiplier; None means 1/sqrt(head_dim). A variant with its own scale
             is not given a model's.
         refuses: call features the variant has no meaning for, with the reason.
-        check: `check(rows, options)`, raises ValueError when lengths and options do not agree.
+        check: `check(rows, options, scale)`, raises ValueError when they do not agree.
         row_sum: "one", "at most one" or "any", what a row of weights sums to.
         nonnegative: whether weights are >= 0.
         default_learned: learned options that a patched model always gets as parameters.
@@ -140,17 +153,25 @@ class Variant:
     doc: str | None
     ratio: Ratio
     hidden: float | Callable[[Mapping[str, Any]], float] = -math.inf
-    options: Mapping[str, Option] = field(default_factory=lambda: _EMPTY)
+    options: Mapping[str, Option] = field(default_factory=dict)
     fused: Ratio | None = None
     prepare: Callable[..., tuple[Tensor, Tensor]] | None = None
     scale: float | None = None
-    refuses: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
-    check: Callable[[Rows, Mapping[str, Any]], None] | None = None
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    check: Callable[[Rows, Mapping[str, Any], float], None] | None = None
     row_sum: str = "any"
     nonnegative: bool = True
     default_learned: tuple[str, ...] = ()
-    presets: Mapping[str, Callable[[int], dict[str, float]]] = field(default_factory=lambda: _EMPTY)
+    presets: Mapping[str, Callable[[int], dict[str, float]]] = field(default_factory=dict)
     name: str = ""
+
+    def __deepcopy__(self, memo: Any) -> Variant:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not self.name or get_variant(self.name) is not self:
+            raise TypeError(f"only registered variants can be pickled, {self.name!r} is not.")
+        return get_variant, (self.name,)
 
     @property
     def summary(self) -> str:
@@ -193,7 +214,9 @@ class Variant:
         if unknown:
             takes = f"takes {', '.join(self.options)}" if self.options else "takes no options"
             got = ", ".join(repr(name) for name in unknown)
-            raise ValueError(f"{self.name or 'this variant'} {takes}; got {got}.")
+            near = difflib.get_close_matches(unknown[0], [*self.options, *CALL_ARGUMENTS], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{self.name or 'this variant'} {takes}; got {got}.{hint}")
         return {
             name: option.check(self.name, name, options[name])
             if name in options

@@ -72,6 +72,8 @@ def attention_varlen(
         ("max_seqlen_k", max_seqlen_k, bounds_k),
     ):
         longest = max((b - a for a, b in pairwise(bounds)), default=0)
+        if limit is not None and not isinstance(limit, int):
+            raise ValueError(f"{name} must be an integer or None, got {limit!r}.")
         if limit is not None and longest > limit:
             raise ValueError(f"{name} is {limit}, but a sequence has {longest} tokens.")
     if alibi_slopes is not None:
@@ -80,8 +82,10 @@ def attention_varlen(
         )
 
     results = []
-    for index in range(max(1, len(bounds_q) - 1)):
-        # no sequence at all still goes through one empty call, for its checks and its shape
+    if len(bounds_q) == 1:
+        # no sequence at all: one empty one has the same output, and its call the same checks
+        bounds_q, bounds_k, alibi_slopes = [0, 0], [0, 0], None
+    for index in range(len(bounds_q) - 1):
         span_q, span_k = slice(*bounds_q[index : index + 2]), slice(*bounds_k[index : index + 2])
         slopes = None
         if alibi_slopes is not None:

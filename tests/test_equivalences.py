@@ -203,6 +203,28 @@ def test_sdpa_drop_in_of_any_rank(shape):
     torch.testing.assert_close(scaled_dot_product_attention(q, k, v, attn_mask=mask), want)
 
 
+def test_sdpa_drop_in_broadcasts():
+    q, k, v = normal(0, 2, 4, 5, 8), normal(1, 1, 4, 6, 8), normal(2, 2, 1, 6, 8)
+    want = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(scaled_dot_product_attention(q, k, v), want)
+
+
+def test_flash_attn_drop_in_with_dropout():
+    q, k, v = (normal(i, 1, 9, 2, 4) for i in range(3))
+    keywords = {"causal": True, "window_size": (2, 0)}
+    _, lse, signed = flash_attn_func(
+        q, k, v, 0.5, return_attn_probs=True, generator=torch.Generator().manual_seed(0), **keywords
+    )
+    out = flash_attn_func(q, k, v, 0.5, generator=torch.Generator().manual_seed(0), **keywords)
+    assert (signed < 0).any()
+    kept = rearrange(signed.clamp(min=0) / 0.5 @ rearrange(v, "b n h d -> b h n d"),
+                     "b h n d -> b n h d")  # fmt: skip
+    torch.testing.assert_close(kept, out)
+    assert torch.isfinite(lse).all()
+    _, lse, _ = flash_attn_func(q, k[:, :4], v[:, :4], causal=True, return_attn_probs=True)
+    assert (lse[:, :, :5] == torch.inf).all()
+
+
 def test_flash_attn_drop_in():
     q, k, v = qkv(0, 2, 4, 2, 5, 7, 8)
     slopes = normal(3, 4).abs()

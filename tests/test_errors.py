@@ -26,7 +26,10 @@ BAD_CALLS = {
     "refused": ({"variant": "cosformer", "softcap": 3.0}, "cosformer takes no softcap: its"),
     "rank": ({"query": Q[0]}, r"query must have 4 dimensions.*got shape \[4, 5, 8\]"),
     "not_tensor": ({"key": [1]}, "key must be a torch.Tensor, got list"),
-    "integer": ({"query": Q.int()}, "query must be floating point, got torch.int32"),
+    "integer": (
+        {"query": Q.int()},
+        "query must be floating point of 16, 32 or 64 bits, got torch.int32",
+    ),
     "dtype": ({"value": Q.double()}, "value must have query's dtype torch.float32"),
     "device": ({"key": Q.to("meta")}, "key must be on query's device cpu, got meta"),
     "batch": ({"query": Q[:1]}, "one batch size, got 1, 2 and 2"),
@@ -39,6 +42,13 @@ BAD_CALLS = {
     "mask_dtype": ({"attn_mask": torch.ones(5, 5).int()}, "attn_mask must be bool"),
     "mask_device": ({"attn_mask": torch.ones(5, 5, device="meta").bool()}, "move it"),
     "bias_bool": ({"bias": torch.ones(5, 5).bool()}, "bias must be float, got torch.bool"),
+    "float8": ({"key": Q.to(torch.float8_e5m2)}, "16, 32 or 64 bits, got torch.float8_e5m2"),
+    "causal": ({"causal": "yes"}, "causal must be True or False, got 'yes'"),
+    "argument": ({"is_causal": True}, "got 'is_causal'. Did you mean 'causal'?"),
+    "slopes_nan": ({"alibi_slopes": torch.full((4,), torch.nan)}, "alibi_slopes must be finite"),
+    "slopes_kind": ({"alibi_slopes": 0.5}, "must be a floating tensor.*got float"),
+    "scale_grad": ({"scale": torch.ones((), requires_grad=True)}, "multiply query by it instead"),
+    "cosformer_scale": ({"variant": "cosformer", "scale": -1.0}, "scale must be >= 0"),
     "window": ({"window_size": (-2, 0)}, r"must not be negative.*got \(-2, 0\)"),
     "window_kind": ({"window_size": 3}, "two integers"),
     "slopes": ({"alibi_slopes": torch.ones(3)}, r"shape \[4\] or \[2, 4\], got \[3\]"),
@@ -83,6 +93,8 @@ def test_bad_pack_lengths_and_layout():
         attention_varlen(q, q, q, BOUNDS, BOUNDS, 4, 5)
     with pytest.raises(ValueError, match=r"query must have 3 dimensions, \[tokens, heads"):
         attention_varlen(Q, Q, Q, BOUNDS, BOUNDS)
+    with pytest.raises(ValueError, match="max_seqlen_q must be an integer or None, got 'a'"):
+        attention_varlen(q, q, q, BOUNDS, BOUNDS, "a")
 
 
 def test_drop_ins_say_what_they_lack():
@@ -92,6 +104,12 @@ def test_drop_ins_say_what_they_lack():
         )
     with pytest.raises(ValueError, match="pass enable_gqa=True"):
         attnvariants.scaled_dot_product_attention(Q, Q[:, :2], Q[:, :2])
+    with pytest.raises(ValueError, match="query must be a tensor of at least 2 dimensions"):
+        attnvariants.scaled_dot_product_attention(None, Q, Q)
+    with pytest.raises(ValueError, match="attn_mask must broadcast to"):
+        attnvariants.scaled_dot_product_attention(
+            Q[0], Q[0], Q[0], attn_mask=torch.ones(3, 2, 4, 5, 5).bool()
+        )
     q = torch.randn(10, 4, 8)
     with pytest.raises(ValueError, match="block_table must be None"):
         attnvariants.flash_attn_varlen_func(q, q, q, BOUNDS, BOUNDS, block_table=BOUNDS)

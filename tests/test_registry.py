@@ -1,5 +1,7 @@
 """The registry, out-of-tree variants, and what an import costs."""
 
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -81,6 +83,14 @@ def test_importing_needs_torch_alone():
         "- set(sys.stdlib_module_names)))"
     )
     assert in_fresh_process(code).split() == ["attnvariants"]
+
+
+def test_variants_copy_and_pickle_by_name():
+    softpick = get_variant("softpick")
+    assert copy.deepcopy(softpick) is softpick
+    assert pickle.loads(pickle.dumps(softpick)) is softpick
+    with pytest.raises(TypeError, match="only registered variants"):
+        pickle.dumps(Variant(doc="", ratio=softpick.ratio))
 
 
 def test_version_is_one():

@@ -9,8 +9,8 @@ LOG2E = math.log2(math.e)
 
 # Under this, log softplus(x) = x - e^x / 2 to 1e-14; above it, softplus(x) is well inside float32.
 _TAIL = -15.0
-# Row sums of softplus from here on lost nothing to underflow.
-_SAFE_SUM = 1e-25
+# Row sums of softplus from here on lost nothing to underflow, and neither will n / sum^2.
+_SAFE_SUM = 1e-12
 
 
 def exp_ratio(scores):

@@ -34,7 +34,9 @@ def ratio(scores, rows, *, max_len):
     return scores, scores.sum(-1, keepdim=True).clamp(min=EPS)
 
 
-def check(rows, options):
+def check(rows, options, scale):
+    if scale < 0:
+        raise ValueError(f"cosformer's scale must be >= 0 to keep its weights so, got {scale:g}.")
     longest, max_len = max(rows.q_len, rows.kv_len), options["max_len"]
     if max_len is not None and longest > max_len:
         raise ValueError(

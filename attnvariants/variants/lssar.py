@@ -3,26 +3,31 @@
     w_j = r_j^p / sum_k r_k^p,    r_j = relu(n a_j - o),    a = LSSA weights of the row
 
 o is `offset`, or 0 for rows with n <= `exempt_rows`. The power is taken in the log domain without
-any eps, so p = 15 neither underflows nor overflows. A row in which no key stands out gets no
-weight; the others sum to one.
+any eps, so p = 15 neither underflows nor overflows. A row in which no key stands out, by more than
+16 units of rounding, gets no weight; the others sum to one.
 Source: Gao et al., 2025, arXiv:2501.13428 (version 5).
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 
 from attnvariants.registry import Option, Variant
 from attnvariants.variants._shared import scaled_cosine, softplus_fused, softplus_ratio
+
+# Keys this many units of rounding above the offset are at it: rows of ties stay empty.
+_TIES = 16
 
 
 def ratio(scores, rows, *, p, offset, exempt_rows):
     weight, total = softplus_ratio(scores)
     u = weight * (rows.visible / total)
     raised = torch.where(rows.visible <= exempt_rows, u, u - offset)
-    # below tiny the power is 0, but its derivative would divide by a number that underflows
-    alive = raised > torch.finfo(raised.dtype).tiny
-    log_r = torch.where(alive, raised, 1.0).log().masked_fill(~alive, -math.inf)
+    # near 0 the power is 0 as well, but its derivative would divide by what underflows
+    limits = torch.finfo(u.dtype)
+    dead = raised <= max(_TIES * limits.eps * offset, limits.tiny)
+    log_r = torch.where(dead, 1.0, raised).log().masked_fill(dead, -math.inf)
     peak = log_r.amax(-1, keepdim=True).detach()
     e = (p * (log_r - peak.masked_fill(peak.isneginf(), 0.0))).exp()
     return e, e.sum(-1, keepdim=True)
@@ -33,10 +38,11 @@ def fused(scores, rows, *, p, offset, exempt_rows):
         return ratio(scores, rows, p=p, offset=offset, exempt_rows=exempt_rows)
     weight, total = softplus_fused(scores)
     lowered = offset * (rows.visible > exempt_rows)
-    r = (weight * (rows.visible / total) - lowered).relu()
+    r = weight * (rows.visible / total) - lowered
+    r = F.threshold(r, _TIES * torch.finfo(r.dtype).eps * offset, 0.0)
     # divided by its maximum r^p cannot overflow, and whole powers need no logarithm
     peak = r.amax(-1, keepdim=True).detach()
-    power = whole_power(r / torch.where(peak > 0, peak, 1.0), int(p))
+    power = whole_power(r / torch.where(peak == 0, 1.0, peak), int(p))
     return power, power.sum(-1, keepdim=True)
 
 

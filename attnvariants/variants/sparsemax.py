@@ -41,14 +41,16 @@ def threshold(z):
         def fold(part):
             return torch.zeros_like(tau).index_add_(0, row, part)
 
-    size = torch.zeros_like(tau)
+    size = torch.full_like(tau, torch.inf)
     while True:
         inside = (candidates > spread(tau)).to(z.dtype)
         found = fold(inside)
-        if torch.equal(found, size):
+        # rounding can let a key at tau leave and come back; only rows that shrink may move
+        shrunk = found < size
+        if not bool(shrunk.any()):
             return tau.view(*z.shape[:-1], 1)
-        size = found
-        tau = (fold(candidates * inside) - 1) / size
+        tau = torch.where(shrunk, (fold(candidates * inside) - 1) / found, tau)
+        size = torch.where(shrunk, found, size)
 
 
 def ratio(scores, rows):
