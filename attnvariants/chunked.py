@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnvariants.autocast import no_autocast
+from attnvariants.geometry import Geometry
 from attnvariants.problem import Problem, RowStats, block_of, compute_dtype, pick
 from attnvariants.reference import row_stats
 
-# Two of 64 rows x 4,096 keys in a block measured fastest with 1 MiB of L2 cache a core.
-_BLOCK_SCORES = 1 << 19
+# Two of 64 rows x 4,096 keys a thread measured fastest, with 1 MiB of L2 cache a core.
+_THREAD_SCORES = 1 << 19
 _BLOCK_ROWS = 64
 
 
@@ -85,24 +86,37 @@ def _blocks(batch: int, kv_heads: int, group: int, problem: Problem) -> Iterator
     if not batch * geometry.q_len * geometry.kv_len:
         return
     height = min(geometry.q_len, max(16, _BLOCK_ROWS // group))
-    size = max(1, group * height * geometry.kv_len)
-    heads = min(kv_heads, max(1, _BLOCK_SCORES // size))
-    batches = min(batch, max(1, _BLOCK_SCORES // (size * kv_heads))) if heads == kv_heads else 1
+    size = group * height * geometry.kv_len
+    budget = _THREAD_SCORES * torch.get_num_threads()
+    heads = min(kv_heads, max(1, budget // size))
+    batches = min(batch, max(1, budget // (size * kv_heads))) if heads == kv_heads else 1
     for b in range(0, batch, batches):
         for h in range(0, kv_heads, heads):
             h_stop = min(h + heads, kv_heads)
-            for r in range(0, geometry.q_len, height):
-                r_stop = min(r + height, geometry.q_len)
+            # the last rows see the most keys: going down, freed memory fits the next block
+            r_stop = geometry.q_len
+            while r_stop:
+                r = max(0, r_stop - _taller(height, r_stop, geometry))
                 cols = geometry.columns(r, r_stop)
-                if cols.start == cols.stop:
-                    continue
-                yield _Block(
-                    slice(b, min(b + batches, batch)),
-                    slice(h, h_stop),
-                    slice(h * group, h_stop * group),
-                    slice(r, r_stop),
-                    cols,
-                )
+                if cols.start < cols.stop:
+                    yield _Block(
+                        slice(b, min(b + batches, batch)),
+                        slice(h, h_stop),
+                        slice(h * group, h_stop * group),
+                        slice(r, r_stop),
+                        cols,
+                    )
+                r_stop = r
+
+
+def _taller(height: int, r_stop: int, geometry: Geometry) -> int:
+    """`height`, up to four times of it where the row before `r_stop` sees few of the keys.
+
+    No more than a quarter of what it sees, so that little is computed beyond the diagonal.
+    """
+    cols = geometry.columns(r_stop - 1, r_stop)
+    seen = max(1, cols.stop - cols.start)
+    return max(height, min(height * geometry.kv_len // seen, 4 * height, seen // 4))
 
 
 class _Part:

@@ -168,7 +168,7 @@ def assert_close(got, want, tolerance, what):
 def test_against_the_oracle(name, options, case, monkeypatch):
     # small blocks, so that every call has several of them in every direction
     monkeypatch.setattr(chunked, "_BLOCK_ROWS", 2)
-    monkeypatch.setattr(chunked, "_BLOCK_SCORES", 48)
+    monkeypatch.setattr(chunked, "_THREAD_SCORES", 48)
     sizes, call = CASES[case]
     leaves, rest = call_of(name, options, sizes, call)
     if refused(name, call):

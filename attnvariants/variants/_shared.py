@@ -9,6 +9,8 @@ LOG2E = math.log2(math.e)
 
 # Under this, log softplus(x) = x - e^x / 2 to 1e-14; above it, softplus(x) is well inside float32.
 _TAIL = -15.0
+# Up to this score e^x is far from overflow.
+_HEAD = 60.0
 # Row sums of softplus from here on lost nothing to underflow, and neither will n / sum^2.
 _SAFE_SUM = 1e-12
 
@@ -43,23 +45,21 @@ def softplus_ratio(scores):
 
 def softplus_fused(scores):
     """As `softplus_ratio`, in half its time where the scores are ordinary."""
-    if scores.requires_grad:
+    peak = scores.amax(-1)
+    if scores.requires_grad or float(peak.max()) > _HEAD or float(peak.min()) < _TAIL:
         return softplus_ratio(scores)
-    weight = torch.mul(scores, LOG2E).exp2_().log1p_()
-    total = weight.sum(-1, keepdim=True)
-    if bool(((total > _SAFE_SUM) & total.isfinite()).all()):
-        return weight, total
-    return softplus_ratio(scores)
+    weight = scores.mul_(LOG2E).exp2_().log1p_()
+    return weight, weight.sum(-1, keepdim=True)
 
 
-def unit(x):
-    """x / |x| along the last dimension; a zero vector stays zero, with zero gradient."""
+def unit(x, length=1.0):
+    """length x / |x| along the last dimension; a zero vector stays zero, with zero gradient."""
     square = (x * x).sum(-1, keepdim=True)
     alive = square > 0
-    return x * (torch.where(alive, square, 1.0).rsqrt() * alive)
+    return x * (torch.where(alive, square, 1.0).rsqrt() * alive * length)
 
 
 def scaled_cosine(query, key, rows, **_):
     """Features whose product is log d log n cos(q, k)."""
-    scale = math.log(query.shape[-1]) * rows.visible.clamp(min=1).log()
-    return unit(query) * scale, unit(key)
+    length = math.log(query.shape[-1]) * rows.visible.clamp(min=1).log()
+    return unit(query, length), unit(key)
