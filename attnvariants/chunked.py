@@ -110,13 +110,17 @@ def _blocks(batch: int, kv_heads: int, group: int, problem: Problem) -> Iterator
 
 
 def _taller(height: int, r_stop: int, geometry: Geometry) -> int:
-    """`height`, up to four times of it where the row before `r_stop` sees few of the keys.
+    """`height`, twice or four times it where the row before `r_stop` sees few of the keys.
 
-    No more than a quarter of what it sees, so that little is computed beyond the diagonal.
+    No more than a quarter of what it sees, so that little is computed beyond the diagonal, and no
+    more scores than `height` full rows have.
     """
     cols = geometry.columns(r_stop - 1, r_stop)
     seen = max(1, cols.stop - cols.start)
-    return max(height, min(height * geometry.kv_len // seen, 4 * height, seen // 4))
+    for times in (4, 2):
+        if times * seen <= geometry.kv_len and times * height <= seen // 4:
+            return times * height
+    return height
 
 
 class _Part:
