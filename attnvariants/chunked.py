@@ -128,7 +128,14 @@ class _Part:
 
     def __init__(self, block: _Block, q: Tensor, k: Tensor, problem: Problem):
         self.block, self.problem = block, problem
-        self.q = block.group(block.queries(q) * problem.scale)
+        variant = problem.variant
+        self.formula = variant.ratio if variant.fused is None else variant.fused
+        self.unit = 1.0 if variant.fused is None else variant.fused_unit
+        shaped = problem.softcap or problem.slopes is not None or problem.bias is not None
+        # the unit of `fused` goes into the scale where nothing comes between
+        self.late_unit = self.unit if shaped else 1.0
+        self.scale = problem.scale * self.unit / self.late_unit
+        self.q = block.group(block.queries(q) * self.scale)
         self.k = block.keys(k)
         self.scores = block.ungroup(torch.matmul(self.q, self.k.transpose(-1, -2)))
         self.cap_slope: Tensor | None = None
@@ -141,6 +148,8 @@ class _Part:
             self.scores -= slopes[..., None, None] * self._distance()
         if problem.bias is not None:
             self.scores += block_of(problem.bias, *block.where)
+        if self.late_unit != 1:
+            self.scores.mul_(self.late_unit)
         self.hidden_keys = None if problem.keep is None else ~self.keep()
         self.rows = problem.rows(block.batch, block.heads, block.rows, q.dtype)
         self.blind = self.rows.visible == 0 if problem.any_blind else None
@@ -171,8 +180,8 @@ class _Part:
             tensor[..., start : start + edge.stop - edge.start].masked_fill_(hidden, value)
 
     def shown(self) -> Tensor:
-        """The scores, overwritten where hidden by the score that means so."""
-        self._hide(self.scores, self.problem.hidden)
+        """The scores times `unit`, overwritten where hidden by the score that means so."""
+        self._hide(self.scores, self.problem.hidden * self.unit)
         return self.scores if self.blind is None else self.scores.masked_fill_(self.blind, 0.0)
 
     def options(self) -> dict[str, Any]:
@@ -184,9 +193,7 @@ class _Part:
 
     def ratio(self, shown: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Numerator and a denominator that is nowhere 0."""
-        variant = self.problem.variant
-        formula = variant.ratio if variant.fused is None else variant.fused
-        numerator, denominator = formula(shown, self.rows, **options)
+        numerator, denominator = self.formula(shown, self.rows, **options)
         if denominator is not None:
             denominator = denominator.masked_fill(denominator == 0, 1.0)
         if self.blind is not None:
@@ -200,8 +207,10 @@ class _Part:
 
     def backward(self, grad: Tensor, into: _Grads) -> None:
         """Add what the gradient of the shown scores means for query, key, bias and slopes."""
-        block, problem = self.block, self.problem
+        block = self.block
         self._hide(grad, 0.0)
+        if self.late_unit != 1:
+            grad = grad * self.late_unit
         if into.bias is not None:
             part = block_of(into.bias, *block.where)
             part += grad.sum_to_size(part.shape)
@@ -213,7 +222,7 @@ class _Part:
         grad = block.group(grad)
         if into.query is not None:
             part = block.ungroup(torch.matmul(grad, self.k))
-            torch.mul(part, problem.scale, out=block.queries(into.query))
+            torch.mul(part, self.scale, out=block.queries(into.query))
         if into.key is not None:
             block.keys(into.key).add_(torch.matmul(grad.transpose(-1, -2), self.q))
 
@@ -356,7 +365,7 @@ def weight_blocks(query: Tensor, key: Tensor, problem: Problem) -> Iterator[Weig
     for block in _blocks(batch, k.shape[1], heads // k.shape[1], problem):
         with torch.no_grad(), no_autocast(q):
             part = _Part(block, q, k, problem)
-            scores = part.scores.clone()
+            scores = part.scores / part.unit
             numerator, denominator = part.ratio(part.shown(), part.options())
             if denominator is not None:
                 numerator = numerator.div_(denominator)

@@ -137,6 +137,8 @@ class Variant:
         options: the variant's own options.
         fused: as `ratio`, quicker on blocks that fit a cache, differentiable too; it may overwrite
             scores that require no gradient. The chunked engine prefers it.
+        fused_unit: `fused` takes the scores times this; log2 e saves a pass to those that use
+            exp2, because the engine folds it into the scale.
         prepare: `prepare(query, key, rows, **options) -> (query, key)`, differentiable, before
             the product of the two (temperatures, norms, feature maps).
         scale: default score multiplier; None means 1/sqrt(head_dim). A variant with its own scale
@@ -155,6 +157,7 @@ class Variant:
     hidden: float | Callable[[Mapping[str, Any]], float] = -math.inf
     options: Mapping[str, Option] = field(default_factory=dict)
     fused: Ratio | None = None
+    fused_unit: float = 1.0
     prepare: Callable[..., tuple[Tensor, Tensor]] | None = None
     scale: float | None = None
     refuses: Mapping[str, str] = field(default_factory=dict)

@@ -8,7 +8,7 @@ Source: Gao et al., 2025, arXiv:2501.13428 (version 5).
 """
 
 from attnvariants.registry import Variant
-from attnvariants.variants._shared import scaled_cosine, softplus_fused, softplus_ratio
+from attnvariants.variants._shared import LOG2E, scaled_cosine, softplus_fused, softplus_ratio
 
 
 def ratio(scores, rows):
@@ -20,5 +20,11 @@ def fused(scores, rows):
 
 
 VARIANT = Variant(
-    doc=__doc__, ratio=ratio, fused=fused, prepare=scaled_cosine, scale=1.0, row_sum="one"
+    doc=__doc__,
+    ratio=ratio,
+    fused=fused,
+    fused_unit=LOG2E,
+    prepare=scaled_cosine,
+    scale=1.0,
+    row_sum="one",
 )

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from attnvariants.registry import Option, Variant
-from attnvariants.variants._shared import scaled_cosine, softplus_fused, softplus_ratio
+from attnvariants.variants._shared import LOG2E, scaled_cosine, softplus_fused, softplus_ratio
 
 # Keys this many units of rounding above the offset are at it: rows of ties stay empty.
 _TIES = 16
@@ -35,7 +35,7 @@ def ratio(scores, rows, *, p, offset, exempt_rows):
 
 def fused(scores, rows, *, p, offset, exempt_rows):
     if p < 1 or p > 64 or p != int(p):
-        return ratio(scores, rows, p=p, offset=offset, exempt_rows=exempt_rows)
+        return ratio(scores / LOG2E, rows, p=p, offset=offset, exempt_rows=exempt_rows)
     weight, total = softplus_fused(scores)
     lowered = offset * (rows.visible > exempt_rows)
     r = weight * (rows.visible / total) - lowered
@@ -61,6 +61,7 @@ VARIANT = Variant(
     doc=__doc__,
     ratio=ratio,
     fused=fused,
+    fused_unit=LOG2E,
     prepare=scaled_cosine,
     scale=1.0,
     row_sum="at most one",

@@ -15,7 +15,7 @@ Source: Zheng et al., 2025, arXiv:2502.18277.
 import torch
 
 from attnvariants.registry import Option, Variant
-from attnvariants.variants._shared import exp_fused, exp_ratio
+from attnvariants.variants._shared import LOG2E, exp_fused, exp_ratio
 
 # the authors' constant, kept so that trained models carry over
 _EPS = 1e-10
@@ -37,16 +37,17 @@ def ratio(scores, rows, *, form, detach_minmax):
 
 def fused(scores, rows, *, form, detach_minmax):
     if form != "x":
-        return ratio(scores, rows, form=form, detach_minmax=detach_minmax)
+        return ratio(scores / LOG2E, rows, form=form, detach_minmax=detach_minmax)
     x = scores.clamp(min=torch.finfo(scores.dtype).min)
     e, total = exp_fused(scores)
-    return (x * e if scores.requires_grad else x.mul_(e)), total
+    return (x * e if scores.requires_grad else x.mul_(e)), total * LOG2E
 
 
 VARIANT = Variant(
     doc=__doc__,
     ratio=ratio,
     fused=fused,
+    fused_unit=LOG2E,
     nonnegative=False,
     options={
         "form": Option("minmax0", "factor of the softmax", choices=("x", "minmax0"), number=False),

@@ -7,7 +7,7 @@ Source: Vaswani et al., 2017, arXiv:1706.03762.
 """
 
 from attnvariants.registry import Variant
-from attnvariants.variants._shared import exp_fused, exp_ratio
+from attnvariants.variants._shared import LOG2E, exp_fused, exp_ratio
 
 
 def ratio(scores, rows):
@@ -18,4 +18,4 @@ def fused(scores, rows):
     return exp_fused(scores)
 
 
-VARIANT = Variant(doc=__doc__, ratio=ratio, fused=fused, row_sum="one")
+VARIANT = Variant(doc=__doc__, ratio=ratio, fused=fused, fused_unit=LOG2E, row_sum="one")

@@ -12,10 +12,10 @@ import torch
 from attnvariants.registry import Option, Variant
 from attnvariants.variants._shared import LOG2E
 
-# Up to this score e^s is far from overflow, so no shift by the maximum is needed.
-_UNSHIFTED = 30.0
+# In units of log 2: up to this score e^s is far from overflow and needs no shift.
+_UNSHIFTED = 40.0
 # Where a row's largest score is above this, e^s - 1 loses nothing that counts to cancellation.
-_CANCELS = 0.5
+_CANCELS = 0.7
 
 
 def ratio(scores, rows, *, eps):
@@ -28,14 +28,12 @@ def ratio(scores, rows, *, eps):
 def fused(scores, rows, *, eps):
     peak = scores.amax(-1, keepdim=True).detach()
     if float(peak.max()) > _UNSHIFTED:
-        return ratio(scores, rows, eps=eps)
+        return ratio(scores / LOG2E, rows, eps=eps)
     if float(peak.min()) < _CANCELS:
-        x = scores.expm1() if scores.requires_grad else scores.expm1_()
-    elif scores.requires_grad:
-        x = (scores * LOG2E).exp2() - 1
+        x = (scores / LOG2E).expm1()
     else:
-        x = scores.mul_(LOG2E).exp2_().sub_(1)
-    floor = eps * peak.clamp(min=0).exp()
+        x = scores.exp2() - 1 if scores.requires_grad else scores.exp2_().sub_(1)
+    floor = eps * peak.clamp(min=0).exp2()
     if scores.requires_grad:
         return x.relu(), x.abs().sum(-1, keepdim=True) + floor
     total = x.sum(-1, keepdim=True)
@@ -48,6 +46,7 @@ VARIANT = Variant(
     doc=__doc__,
     ratio=ratio,
     fused=fused,
+    fused_unit=LOG2E,
     hidden=0.0,
     row_sum="at most one",
     options={"eps": Option(1e-6, "added to the scaled denominator", above=0.0)},

@@ -11,7 +11,7 @@ Source: Nakanishi, 2025, arXiv:2501.19399.
 import math
 
 from attnvariants.registry import Option, Variant
-from attnvariants.variants._shared import exp_fused, exp_ratio
+from attnvariants.variants._shared import LOG2E, exp_fused, exp_ratio
 
 
 def prepare(query, key, rows, *, s, b):
@@ -36,6 +36,7 @@ VARIANT = Variant(
     doc=__doc__,
     ratio=ratio,
     fused=fused,
+    fused_unit=LOG2E,
     prepare=prepare,
     row_sum="one",
     options={
