@@ -80,11 +80,14 @@ def measure(name, tokens, rounds, tick):
     return row
 
 
-def resident():
-    """KiB of memory in use now, or the most so far where the system does not tell."""
+def memory_kib(field):
+    """KiB of memory: "VmRSS" in use now, "VmHWM" at most so far.
+
+    getrusage would count what the parent had at the fork; it serves where there is no /proc.
+    """
     status = Path("/proc/self/status")
     if status.is_file():
-        found = [line for line in status.read_text().splitlines() if line.startswith("VmRSS")]
+        found = [line for line in status.read_text().splitlines() if line.startswith(field)]
         return int(found[0].split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -93,11 +96,11 @@ def _memory(name, tokens, threads, pipe):
     torch.set_num_threads(threads)
     options = plain.ROWS[name][0]
     tensors = inputs(tokens, True)
-    before = resident()
+    before = memory_kib("VmRSS")
     start = time.perf_counter()
     out = attention(*tensors, name, causal=True, impl="chunked", **options)
     torch.autograd.grad(out.sum(), tensors)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    after = memory_kib("VmHWM")
     pipe.send(((after - before) / 2**20, time.perf_counter() - start))
 
 
