@@ -17,13 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnvariants.autocast import no_autocast
-from attnvariants.geometry import Geometry
+from attnvariants.blocks import Block, blocks
 from attnvariants.problem import Problem, RowStats, block_of, compute_dtype, pick
 from attnvariants.reference import row_stats
-
-# Two of 64 rows x 4,096 keys a thread measured fastest, with 1 MiB of L2 cache a core.
-_THREAD_SCORES = 1 << 19
-_BLOCK_ROWS = 64
 
 
 class WeightBlock(NamedTuple):
@@ -46,87 +42,10 @@ class WeightBlock(NamedTuple):
     scores: Tensor
 
 
-@dataclass(frozen=True)
-class _Block:
-    batch: slice
-    kv_heads: slice
-    heads: slice
-    rows: slice
-    cols: slice
-
-    @property
-    def where(self) -> tuple[slice, slice, slice, slice]:
-        return self.batch, self.heads, self.rows, self.cols
-
-    @property
-    def height(self) -> int:
-        return self.rows.stop - self.rows.start
-
-    def queries(self, tensor: Tensor) -> Tensor:
-        return tensor[self.batch, self.heads, self.rows]
-
-    def keys(self, tensor: Tensor) -> Tensor:
-        return tensor[self.batch, self.kv_heads, self.cols]
-
-    def group(self, tensor: Tensor) -> Tensor:
-        """[batch, heads, rows, width] to [batch, kv_heads, group * rows, width]."""
-        kv_heads = self.kv_heads.stop - self.kv_heads.start
-        rows = tensor.shape[1] * tensor.shape[2] // kv_heads
-        return tensor.reshape(tensor.shape[0], kv_heads, rows, tensor.shape[-1])
-
-    def ungroup(self, tensor: Tensor) -> Tensor:
-        """[batch, kv_heads, group * rows, width] back to [batch, heads, rows, width]."""
-        heads = self.heads.stop - self.heads.start
-        return tensor.view(tensor.shape[0], heads, self.height, tensor.shape[-1])
-
-
-def _blocks(batch: int, kv_heads: int, group: int, problem: Problem) -> Iterator[_Block]:
-    """Blocks that cover every row that sees a key; rows of no block see none."""
-    geometry = problem.geometry
-    if not batch * geometry.q_len * geometry.kv_len:
-        return
-    height = min(geometry.q_len, max(16, _BLOCK_ROWS // group))
-    size = group * height * geometry.kv_len
-    budget = _THREAD_SCORES * torch.get_num_threads()
-    heads = min(kv_heads, max(1, budget // size))
-    batches = min(batch, max(1, budget // (size * kv_heads))) if heads == kv_heads else 1
-    for b in range(0, batch, batches):
-        for h in range(0, kv_heads, heads):
-            h_stop = min(h + heads, kv_heads)
-            # the last rows see the most keys: going down, freed memory fits the next block
-            r_stop = geometry.q_len
-            while r_stop:
-                r = max(0, r_stop - _taller(height, r_stop, geometry))
-                cols = geometry.columns(r, r_stop)
-                if cols.start < cols.stop:
-                    yield _Block(
-                        slice(b, min(b + batches, batch)),
-                        slice(h, h_stop),
-                        slice(h * group, h_stop * group),
-                        slice(r, r_stop),
-                        cols,
-                    )
-                r_stop = r
-
-
-def _taller(height: int, r_stop: int, geometry: Geometry) -> int:
-    """`height`, twice or four times it where the row before `r_stop` sees few of the keys.
-
-    No more than a quarter of what it sees, so that little is computed beyond the diagonal, and no
-    more scores than `height` full rows have.
-    """
-    cols = geometry.columns(r_stop - 1, r_stop)
-    seen = max(1, cols.stop - cols.start)
-    for times in (4, 2):
-        if times * seen <= geometry.kv_len and times * height <= seen // 4:
-            return times * height
-    return height
-
-
 class _Part:
     """The scores of one block, their weights, and the way back from the scores' gradient."""
 
-    def __init__(self, block: _Block, q: Tensor, k: Tensor, problem: Problem):
+    def __init__(self, block: Block, q: Tensor, k: Tensor, problem: Problem):
         self.block, self.problem = block, problem
         variant = problem.variant
         self.formula = variant.ratio if variant.fused is None else variant.fused
@@ -247,7 +166,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Ten
     q, k, v = _ready(query), _ready(key), _ready(value)
     batch, heads, q_len = q.shape[:3]
     out = v.new_zeros(batch, heads, q_len, v.shape[-1])
-    for block in _blocks(batch, k.shape[1], heads // k.shape[1], problem):
+    for block in blocks(batch, k.shape[1], heads // k.shape[1], problem):
         part = _Part(block, q, k, problem)
         numerator, denominator = part.ratio(part.shown(), part.options())
         numerator = block.group(part.drop(numerator))
@@ -272,7 +191,7 @@ def _backward(
     q, k, v = _ready(query), _ready(key), _ready(value)
     grad_out = grad_out.to(out.dtype)
     batch, heads = q.shape[:2]
-    for block in _blocks(batch, k.shape[1], heads // k.shape[1], problem):
+    for block in blocks(batch, k.shape[1], heads // k.shape[1], problem):
         with torch.no_grad():
             part = _Part(block, q, k, problem)
             shown = part.shown().detach()
@@ -362,7 +281,7 @@ def weight_blocks(query: Tensor, key: Tensor, problem: Problem) -> Iterator[Weig
     """The weights of a prepared call, block by block, without a gradient."""
     q, k = _ready(query), _ready(key)
     batch, heads = q.shape[:2]
-    for block in _blocks(batch, k.shape[1], heads // k.shape[1], problem):
+    for block in blocks(batch, k.shape[1], heads // k.shape[1], problem):
         with torch.no_grad(), no_autocast(q):
             part = _Part(block, q, k, problem)
             scores = part.scores / part.unit

@@ -218,8 +218,8 @@ class Variant:
             takes = f"takes {', '.join(self.options)}" if self.options else "takes no options"
             got = ", ".join(repr(name) for name in unknown)
             near = difflib.get_close_matches(unknown[0], [*self.options, *CALL_ARGUMENTS], n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{self.name or 'this variant'} {takes}; got {got}.{hint}")
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"{self.name or 'this variant'} {takes}; got {got}{hint}.")
         return {
             name: option.check(self.name, name, options[name])
             if name in options

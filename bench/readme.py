@@ -46,10 +46,10 @@ TABLES = {"variants": variants_markdown, "bench": bench_markdown}
 def refreshed(text):
     """The README with every `<!-- NAME -->` ... `<!-- /NAME -->` block made anew."""
     for name, make in TABLES.items():
-        block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not block.search(text):
             raise SystemExit(f"README.md has no block <!-- {name} --> ... <!-- /{name} -->.")
-        text = block.sub(lambda found, make=make: found[1] + make() + found[2], text)
+        text = block.sub(lambda found, make=make: found[1] + make() + "\n" + found[2], text)
     return text
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import attnvariants
-from attnvariants import attention, chunked
+from attnvariants import attention, blocks
 
 ENGINES = ["reference", "chunked"]
 SETTINGS = {
@@ -167,8 +167,8 @@ def assert_close(got, want, tolerance, what):
 @pytest.mark.parametrize("case", CASES)
 def test_against_the_oracle(name, options, case, monkeypatch):
     # small blocks, so that every call has several of them in every direction
-    monkeypatch.setattr(chunked, "_BLOCK_ROWS", 2)
-    monkeypatch.setattr(chunked, "_THREAD_SCORES", 48)
+    monkeypatch.setattr(blocks, "_BLOCK_ROWS", 2)
+    monkeypatch.setattr(blocks, "_THREAD_SCORES", 48)
     sizes, call = CASES[case]
     leaves, rest = call_of(name, options, sizes, call)
     if refused(name, call):

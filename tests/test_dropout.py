@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnvariants import attention, chunked
+from attnvariants import attention, blocks
 from attnvariants.dropout import philox
 
 
@@ -19,7 +19,7 @@ def test_philox_known_answers():
 
 @pytest.mark.parametrize("name", ["softmax", "softpick", "relu"])
 def test_engines_drop_the_same(name, monkeypatch):
-    monkeypatch.setattr(chunked, "_BLOCK_ROWS", 4)
+    monkeypatch.setattr(blocks, "_BLOCK_ROWS", 4)
     leaves = [torch.randn(2, 4, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     results = []
     for impl in ("reference", "chunked"):

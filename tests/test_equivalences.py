@@ -56,8 +56,8 @@ def test_chunked_is_the_reference(
     call = {"causal": causal, "window_size": (left, right), "attn_mask": mask >= hidden}
     results = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attnvariants.chunked, "_BLOCK_ROWS", rows * group)
-        patch.setattr(attnvariants.chunked, "_THREAD_SCORES", 1 << rows)
+        patch.setattr(attnvariants.blocks, "_BLOCK_ROWS", rows * group)
+        patch.setattr(attnvariants.blocks, "_THREAD_SCORES", 1 << rows)
         for impl in ("reference", "chunked"):
             leaves = [t.clone().requires_grad_() for t in (q, k, v)]
             out, w, stats = attention(

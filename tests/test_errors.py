@@ -44,7 +44,7 @@ BAD_CALLS = {
     "bias_bool": ({"bias": torch.ones(5, 5).bool()}, "bias must be float, got torch.bool"),
     "float8": ({"key": Q.to(torch.float8_e5m2)}, "16, 32 or 64 bits, got torch.float8_e5m2"),
     "causal": ({"causal": "yes"}, "causal must be True or False, got 'yes'"),
-    "argument": ({"is_causal": True}, "got 'is_causal'. Did you mean 'causal'?"),
+    "argument": ({"is_causal": True}, r"got 'is_causal' \(did you mean 'causal'\?\)\."),
     "slopes_nan": ({"alibi_slopes": torch.full((4,), torch.nan)}, "alibi_slopes must be finite"),
     "slopes_kind": ({"alibi_slopes": 0.5}, "must be a floating tensor.*got float"),
     "scale_grad": ({"scale": torch.ones((), requires_grad=True)}, "multiply query by it instead"),
