@@ -1,8 +1,8 @@
 """The chunked engine: blocks of rows that fit the cache, on any device, in O(tokens) memory.
 
 Nothing above a causal diagonal or outside a window is computed. The backward recomputes each
-block and differentiates the variant's own reference formula, so every variant works from that
-formula alone.
+block and differentiates the variant's own formula (`fused` where it has one, else `ratio`), so
+every variant works from its reference formula alone.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class _Part:
         self.k = block.keys(k)
         self.scores = block.ungroup(torch.matmul(self.q, self.k.transpose(-1, -2)))
         self.cap_slope: Tensor | None = None
+        self._factors: Tensor | None = None
         if problem.softcap:
             self.scores.div_(problem.softcap).tanh_()
             self.cap_slope = 1 - self.scores.square()
@@ -122,7 +123,11 @@ class _Part:
     def drop(self, tensor: Tensor) -> Tensor:
         """`tensor` times the block's dropout factors."""
         dropout = self.problem.dropout
-        return tensor if dropout is None else tensor * dropout.factor(*self.block.where, tensor)
+        if dropout is None:
+            return tensor
+        if self._factors is None:
+            self._factors = dropout.factor(*self.block.where, tensor)
+        return tensor * self._factors
 
     def backward(self, grad: Tensor, into: _Grads) -> None:
         """Add what the gradient of the shown scores means for query, key, bias and slopes."""

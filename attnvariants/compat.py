@@ -163,13 +163,14 @@ def flash_attn_func(
     dropout: dict[str, Any] = {"dropout_p": dropout_p, "generator": generator}
     if not return_attn_probs:
         return attention(query, key, value, variant, **dropout, **call).transpose(1, 2)
-    out, used, stats = attention(
-        query, key, value, variant, return_weights=True, return_stats=True, **dropout, **call
+    drops = dropout_p > 0
+    out, *used, stats = attention(
+        query, key, value, variant, return_weights=drops, return_stats=True, **dropout, **call
     )
     signed = None
-    if dropout_p > 0:
+    if drops:
         _, full = attention(query, key, value, variant, return_weights=True, **call)
-        signed = torch.where((used == 0) & (full != 0), -full, full)
+        signed = torch.where((used[0] == 0) & (full != 0), -full, full)
     return out.transpose(1, 2), _flash_lse(stats), signed
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tiny import SMALL
 
 import attnvariants
 from attnvariants import patch, unpatch
@@ -12,15 +13,6 @@ from attnvariants.hf.find import dispatches
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
-SMALL = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 TOKENS = torch.randint(3, 99, (2, 18), generator=torch.Generator().manual_seed(1))
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tiny import SMALL
 from torch import nn
 
 import attnvariants
@@ -13,15 +14,6 @@ from attnvariants.hf import dispatch, masks
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
-SMALL = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 VISION = {
     "hidden_size": 32,
     "num_hidden_layers": 1,

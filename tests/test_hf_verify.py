@@ -2,21 +2,12 @@
 
 import pytest
 import torch
+from tiny import SMALL
 
 from attnvariants import list_variants, patch
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
-
-SMALL = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 def make(name="Llama", suffix="ForCausalLM", **more):
