@@ -17,6 +17,8 @@ from attnvariants.compat import (
     flash_attn_varlen_func,
     scaled_dot_product_attention,
 )
+from attnvariants.engines import Explanation
+from attnvariants.explanation import explain
 from attnvariants.problem import RowStats
 from attnvariants.registry import Option, Rows, Variant, get_variant, list_variants, register
 from attnvariants.varlen import attention_varlen
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "Explanation",
     "Option",
     "Patch",
     "RowStats",
@@ -36,6 +39,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "diagnostics",
+    "explain",
     "flash_attn_func",
     "flash_attn_varlen_func",
     "get_variant",

@@ -29,4 +29,6 @@ def no_autocast(like: Any) -> AbstractContextManager[Any]:
     """Autocast off: the engines choose their dtypes themselves."""
     if not isinstance(like, Tensor) or not torch.amp.is_autocast_available(like.device.type):
         return nullcontext()
+    if not torch.is_autocast_enabled(like.device.type):
+        return nullcontext()
     return torch.autocast(like.device.type, enabled=False)

@@ -9,9 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 _DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 _LAYOUTS = {4: "[batch, heads, tokens, head_dim]", 3: "[tokens, heads, head_dim]"}
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether values may be looked at: not while compiling, on the meta device or in a vmap."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return False
+        tensor = functorch.get_unwrapped(tensor)
+    return not tensor.is_meta
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor, rank: int = 4) -> None:
@@ -79,7 +92,8 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
             )
         value = value.item()
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
+    # comparisons, which a symbolic number of a call being compiled has too
+    if not number or not abs(value) < math.inf or not low <= value <= high:
         between = "" if low == -math.inf else f" >= {low:g}"
         between += "" if high == math.inf else f" and <= {high:g}"
         raise ValueError(f"{name} must be a finite number{between}, got {value!r}.")
@@ -143,7 +157,7 @@ def split_mask(tensor: Tensor) -> tuple[Tensor | None, Tensor]:
     """A float mask as (visibility or None, finite bias): -inf and the dtype's minimum hide."""
     # half of it, so that a minimum that was rounded or converted from bfloat16 still counts
     hidden = tensor <= torch.finfo(tensor.dtype).min / 2
-    if not bool(hidden.any()):
+    if readable(tensor) and not bool(hidden.any()):
         return None, tensor
     return ~hidden, tensor.masked_fill(hidden, 0.0)
 
@@ -164,13 +178,18 @@ def check_slopes(slopes: Any, batch: int, heads: int, device: torch.device) -> T
             f"alibi_slopes must have shape [{heads}] or [{batch}, {heads}], "
             f"got {list(slopes.shape)}."
         )
-    if slopes.device.type == "cpu" and not bool(torch.isfinite(slopes.detach()).all()):
+    values = slopes.device.type == "cpu" and readable(slopes)
+    if values and not bool(torch.isfinite(slopes.detach()).all()):
         raise ValueError("alibi_slopes must be finite, got NaN or infinity.")
     return slopes.view(-1, heads)
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Any, tokens: int, of: str) -> list[int]:
-    """The boundaries of packed sequences as integers."""
+# reading a boundary tensor waits for its device, and all layers of a model share one
+_read: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Any, tokens: int, of: str) -> list[int] | None:
+    """The boundaries of packed sequences as integers; None where they cannot be read."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise ValueError(
@@ -178,7 +197,9 @@ def check_cu_seqlens(name: str, cu_seqlens: Any, tokens: int, of: str) -> list[i
         )
     if cu_seqlens.dim() != 1 or not cu_seqlens.numel():
         raise ValueError(f"{name} must have shape [sequences + 1], got {list(cu_seqlens.shape)}.")
-    bounds = cu_seqlens.tolist()
+    if not readable(cu_seqlens):
+        return None
+    bounds = _bounds(cu_seqlens)
     if bounds[0] != 0:
         raise ValueError(f"{name} must start at 0, got {bounds[0]}.")
     if any(later < earlier for earlier, later in pairwise(bounds)):
@@ -187,4 +208,14 @@ def check_cu_seqlens(name: str, cu_seqlens: Any, tokens: int, of: str) -> list[i
         raise ValueError(
             f"{name} must end at the number of {of} tokens, {tokens}, got {bounds[-1]}."
         )
+    return bounds
+
+
+def _bounds(cu_seqlens: Tensor) -> list[int]:
+    if cu_seqlens.device.type == "cpu" or cu_seqlens.is_inference():
+        return cu_seqlens.tolist()
+    version, bounds = _read.get(cu_seqlens, (None, []))
+    if version != cu_seqlens._version:
+        bounds = cu_seqlens.tolist()
+        _read[cu_seqlens] = cu_seqlens._version, bounds
     return bounds

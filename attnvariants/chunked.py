@@ -235,7 +235,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, problem, query, key, value, bias, slopes, *learned):
         out = _forward(query, key, value, problem)
-        held = bias, slopes, problem.keep, problem.visible
+        held = bias, slopes, problem.keep
         ctx.save_for_backward(query, key, value, out, *held, *learned)
         ctx.learned = list(problem.learned)
         # tensors live in saved_tensors alone, which notices if they are changed in place
@@ -246,12 +246,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        query, key, value, out, bias, slopes, keep, visible, *learned = ctx.saved_tensors
+        query, key, value, out, bias, slopes, keep, *learned = ctx.saved_tensors
         needs, dtype = ctx.needs_input_grad, out.dtype
         options = {**ctx.problem.options, **dict(zip(ctx.learned, learned, strict=True))}
-        problem = replace(
-            ctx.problem, options=options, bias=bias, slopes=slopes, keep=keep, visible=visible
-        )
+        problem = replace(ctx.problem, options=options, bias=bias, slopes=slopes, keep=keep)
 
         def zeros(tensor, needed):
             return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) if needed else None

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnvariants.api import _attention, _engine, attention
+from attnvariants.api import _attention, attention
+from attnvariants.engines import check_impl
 from attnvariants.problem import RowStats
 from attnvariants.registry import Variant, get_variant
 from attnvariants.varlen import attention_varlen
@@ -64,7 +65,7 @@ def scaled_dot_product_attention(
         value,
         get_variant(variant),
         options,
-        impl=_engine(impl),
+        impl=check_impl(impl),
         attn_mask=attn_mask,
         causal=is_causal,
         scale=scale,

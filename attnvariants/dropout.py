@@ -17,7 +17,7 @@ _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
 
 
-def philox(seed: int, counter: Tensor) -> Tensor:
+def philox(seed: int | Tensor, counter: Tensor) -> Tensor:
     """The four words of Philox4x32-10 at int64 counters, `[..., 4]`, int64 in [0, 2^32)."""
     key = [seed & _LOW, (seed >> 32) & _LOW]
     c0, c1 = counter & _LOW, (counter >> 32) & _LOW
@@ -33,10 +33,13 @@ def philox(seed: int, counter: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout with probability `p` under a 62-bit seed, over a call of the given sizes."""
+    """Dropout with probability `p` under a 62-bit seed, over a call of the given sizes.
+
+    The seed is a tensor where a call being compiled draws it.
+    """
 
     p: float
-    seed: int
+    seed: int | Tensor
     heads: int
     q_len: int
     kv_len: int

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnvariants import checks
 from attnvariants.dropout import Dropout
-from attnvariants.geometry import Geometry
+from attnvariants.geometry import Geometry, Packed
 from attnvariants.registry import Rows, Variant
 
 
@@ -32,11 +33,14 @@ class RowStats(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """Query and key after the variant's `prepare`, and all that turns their product into weights.
+    """All of a call but query, key and value: what turns their product into weights.
 
     `keep` and `bias` are 4-D with sizes that broadcast to [batch, heads, q_len, kv_len]; `slopes`
-    is [batch or 1, heads]; `visible` is [batch or 1, heads or 1, q_len], int64; `any_blind` says
-    whether it holds a 0. Learned options are tensors of shape [heads, 1, 1] or [1, 1, 1].
+    is [batch or 1, heads]. Learned options are tensors of shape [heads, 1, 1] or [1, 1, 1].
+
+    Of packed sequences the call is [1, heads, tokens, ...], `packed` holds the boundaries,
+    `geometry` is that of the longest sequences (its offset means nothing: each is aligned bottom
+    right by itself), and `slopes` is [sequences or 1, heads]. Only engine "triton" takes them.
     """
 
     variant: Variant
@@ -44,23 +48,67 @@ class Problem:
     geometry: Geometry
     scale: float
     softcap: float
-    visible: Tensor
+    tokens_q: int
+    device: torch.device
     keep: Tensor | None = None
     bias: Tensor | None = None
     slopes: Tensor | None = None
     dropout: Dropout | None = None
-    any_blind: bool = False
-    edges: dict[tuple[int, ...], Tensor] = field(default_factory=dict, compare=False)
+    packed: Packed | None = None
+    # what is found out once and on demand; copies of a problem share it
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def visible(self) -> Tensor:
+        """Number of keys each row sees, [batch or 1, heads or 1, q_len], int64."""
+        if "visible" not in self.memo:
+            geometry, packed = self.geometry, self.packed
+            if packed is None:
+                self.memo["visible"] = geometry.seen(self.keep, self.device)
+            else:
+                counts = packed.counts(self.tokens_q, geometry.left, geometry.right)
+                self.memo["visible"] = counts.view(1, 1, -1)
+        return self.memo["visible"]
+
+    @property
+    def any_blind(self) -> bool:
+        """Whether some row sees no key; reads the mask, if there is one."""
+        if "any_blind" not in self.memo:
+            if self.keep is None:
+                self.memo["any_blind"] = self.geometry.any_blind
+            else:
+                self.memo["any_blind"] = bool((self.visible == 0).any())
+        return self.memo["any_blind"]
+
+    @property
+    def cu_q(self) -> Tensor | None:
+        """Boundaries of packed sequences in the queries, int32."""
+        return None if self.packed is None else self.packed.cu_q
+
+    @property
+    def cu_k(self) -> Tensor | None:
+        """Boundaries of packed sequences in the keys, int32."""
+        return None if self.packed is None else self.packed.cu_k
+
+    @property
+    def max_q(self) -> int | None:
+        """Queries of the longest packed sequence."""
+        return None if self.packed is None else self.packed.max_q
+
+    @property
+    def max_k(self) -> int | None:
+        """Keys of the longest packed sequence."""
+        return None if self.packed is None else self.packed.max_k
 
     def hidden_edge(self, rows: slice, cols: slice, device: torch.device) -> Tensor:
         """Which of these keys these rows do not see by geometry alone, bool `[rows, cols]`.
 
-        Remembered in `edges`: a few small masks serve all blocks of a call.
+        Remembered: a few small masks serve all blocks of a call.
         """
         place = rows.stop - rows.start, cols.stop - cols.start, rows.start - cols.start
-        if place not in self.edges:
-            self.edges[place] = ~self.geometry.keep(rows, cols, device)
-        return self.edges[place]
+        if place not in self.memo:
+            self.memo[place] = ~self.geometry.keep(rows, cols, device)
+        return self.memo[place]
 
     @property
     def hidden(self) -> float:
@@ -75,10 +123,171 @@ class Problem:
     def rows(self, batch: slice, heads: slice, rows: slice, dtype: torch.dtype) -> Rows:
         """What the variant may know about these rows."""
         visible = pick(pick(self.visible, 0, batch), 1, heads)[..., rows]
+        return self._rows(visible.to(dtype).unsqueeze(-1))
+
+    def all_rows(self, dtype: torch.dtype) -> Rows:
+        """What the variant may know about all rows of the call."""
+        return self._rows(self.visible.to(dtype).unsqueeze(-1))
+
+    def _rows(self, visible: Tensor) -> Rows:
         geometry = self.geometry
-        return Rows(
-            visible.to(dtype).unsqueeze(-1), geometry.q_len, geometry.kv_len, geometry.offset
+        return Rows(visible, geometry.q_len, geometry.kv_len, geometry.offset, self.packed)
+
+
+def build(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    variant: Variant,
+    options: Mapping[str, Any],
+    *,
+    attn_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    offset: int | None = None,
+    seed: int | None = None,
+    packed: Packed | None = None,
+) -> Problem:
+    """Validate a call.
+
+    `offset` is the alignment of `Geometry`, bottom-right if None; `seed` that of the dropout, drawn
+    if None. Of packed sequences the three are [1, heads, tokens, ...].
+
+    Raises:
+        ValueError: an argument is out of the contract, or means nothing for the variant.
+    """
+    checks.check_qkv(query, key, value)
+    batch, heads, q_len, head_dim = query.shape
+    kv_len, device, dtype = key.shape[2], query.device, compute_dtype(query)
+
+    left, right = checks.check_window(window_size)
+    right = 0 if checks.check_flag("causal", causal) else right
+    if packed is not None:
+        geometry = Geometry(packed.max_q, packed.max_k, 0, left, right)
+    else:
+        geometry = Geometry(
+            q_len, kv_len, kv_len - q_len if offset is None else offset, left, right
         )
+    keep, total = _visibility(attn_mask, bias, (batch, heads, q_len, kv_len), device)
+    slopes = None
+    if alibi_slopes is not None:
+        several = batch if packed is None else packed.cu_q.shape[0] - 1
+        slopes = checks.check_slopes(alibi_slopes, several, heads, device).to(dtype)
+    cap = 0.0 if softcap is None else checks.check_number("softcap", softcap, low=0.0)
+    if scale is None:
+        scale = head_dim**-0.5 if variant.scale is None else variant.scale
+    scale = checks.check_number("scale", scale)
+    p = checks.check_number("dropout_p", dropout_p, 0.0, 1.0)
+
+    given = {"bias": total is not None, "alibi_slopes": slopes is not None, "softcap": bool(cap)}
+    for feature, reason in variant.refuses.items():
+        if given.get(feature):
+            unread = feature == "bias" and bias is None and not checks.readable(query)
+            hint = "; where values cannot be read, pass attn_mask as bool" if unread else ""
+            raise ValueError(f"{variant.name} takes no {feature}: {reason}{hint}.")
+    resolved = {
+        name: _per_head(variant, name, value, heads, device).to(dtype)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in variant.resolve(options).items()
+    }
+    dropout = None
+    if p:
+        drawn = _draw_seed(generator) if seed is None else seed
+        dropout = Dropout(p, drawn, heads, q_len, kv_len)
+
+    problem = Problem(
+        variant=variant,
+        options=resolved,
+        geometry=geometry,
+        scale=scale,
+        softcap=cap,
+        tokens_q=q_len,
+        device=device,
+        keep=keep,
+        bias=None if total is None else total.to(dtype),
+        slopes=slopes,
+        dropout=dropout,
+        packed=packed,
+    )
+    if variant.check is not None:
+        variant.check(problem.all_rows(dtype), problem.options, scale)
+    return problem
+
+
+def prepare(query: Tensor, key: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Query and key as the variant prepares them."""
+    variant, dtype = problem.variant, compute_dtype(query)
+    if variant.prepare is None:
+        return query, key
+    rows = problem.all_rows(dtype)
+    return variant.prepare(query.to(dtype), key.to(dtype), rows, **problem.options)
+
+
+def _visibility(
+    attn_mask: Tensor | None,
+    bias: Tensor | None,
+    shape: tuple[int, ...],
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Visibility (bool or None) and additive bias (or None) of the two arguments together."""
+    keep: Tensor | None = None
+    total: Tensor | None = None
+    for name, tensor in (("attn_mask", attn_mask), ("bias", bias)):
+        if tensor is None:
+            continue
+        tensor = checks.broadcastable(name, tensor, shape, device)
+        if not tensor.requires_grad:
+            tensor = checks.collapse(tensor)
+        visible: Tensor | None
+        finite: Tensor | None
+        if tensor.dtype == torch.bool and name == "attn_mask":
+            visible, finite = tensor, None
+        elif tensor.is_floating_point():
+            visible, finite = checks.split_mask(tensor)
+            # a mask of zeros and -inf adds nothing, whatever the variant makes of a bias
+            learned = name == "bias" or tensor.requires_grad
+            if not learned and checks.readable(finite) and not finite.any():
+                finite = None
+        else:
+            wanted = "bool (True = visible) or floating point" if name == "attn_mask" else "float"
+            raise ValueError(f"{name} must be {wanted}, got {tensor.dtype}; convert it.")
+        if visible is not None:
+            keep = visible if keep is None else keep & visible
+        if finite is not None:
+            total = finite if total is None else total + finite
+    return keep, total
+
+
+def _per_head(
+    variant: Variant, name: str, value: Tensor, heads: int, device: torch.device
+) -> Tensor:
+    if value.numel() not in (1, heads):
+        raise ValueError(
+            f"{variant.name}'s {name} must have shape [] or [{heads}], one for each query head, "
+            f"got {list(value.shape)}."
+        )
+    if value.device != device:
+        raise ValueError(
+            f"{variant.name}'s {name} must be on query's device {device}, got {value.device}; "
+            "move it."
+        )
+    return value.view(-1, 1, 1)
+
+
+def _draw_seed(generator: torch.Generator | None) -> int | Tensor:
+    """A seed of 62 bits; a tensor, not yet known, while compiling."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
+    on = torch.device("cpu") if generator is None else generator.device
+    seed = torch.randint(2**62, (), generator=generator, device=on)
+    return int(seed) if checks.readable(seed) else seed
 
 
 def pick(tensor: Tensor, dim: int, part: slice) -> Tensor:

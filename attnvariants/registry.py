@@ -9,10 +9,16 @@ import pkgutil
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from attnvariants.checks import readable
+
+if TYPE_CHECKING:
+    from attnvariants.geometry import Packed
 
 # What `attention` takes besides a variant's options, for suggestions.
 CALL_ARGUMENTS = (
@@ -39,12 +45,25 @@ class Rows(NamedTuple):
         q_len: number of queries of the whole call.
         kv_len: number of keys of the whole call.
         offset: row i of the call stands at position `i + offset` among the keys.
+        packed: None, or the sequences that a call of packed ones holds; then `q_len` and `kv_len`
+            are those of the longest and `offset` has no meaning.
     """
 
     visible: Tensor
     q_len: int
     kv_len: int
     offset: int
+    packed: Packed | None = None
+
+    def positions(self, query: Tensor, key: Tensor) -> tuple[tuple[Tensor, Any], ...]:
+        """Of all queries and of all keys: where each stands, int64 `[tokens]`, and the greater of
+        its sequence's two lengths, at least 1: a number, or `[tokens]` where packed.
+        """
+        if self.packed is not None:
+            return self.packed.positions(query.shape[-2], key.shape[-2])
+        longest = max(self.q_len, self.kv_len, 1)
+        first = torch.arange(query.shape[-2], device=query.device) + self.offset
+        return (first, longest), (torch.arange(key.shape[-2], device=key.device), longest)
 
 
 @dataclass(frozen=True)
@@ -112,7 +131,7 @@ class Option:
                 f"got shape {list(value.shape)} of {value.dtype}."
             )
         # A device sync a call would cost more than the check is worth: patch() checks there.
-        on_cpu = value.device.type == "cpu" and not torch.compiler.is_compiling()
+        on_cpu = value.device.type == "cpu" and readable(value)
         if on_cpu and not bool(torch.isfinite(value.detach()).all()):
             raise ValueError(f"{owner}'s {name} holds NaN or infinity; learned values are finite.")
         return value
@@ -147,6 +166,11 @@ class Variant:
         check: `check(rows, options, scale)`, raises ValueError when they do not agree.
         row_sum: "one", "at most one" or "any", what a row of weights sums to.
         nonnegative: whether weights are >= 0.
+        softmax_scores: whether the weights are the plain softmax of the scores, so that other
+            people's softmax kernels can run it.
+        hooks: the fused kernels' part, `attnvariants_kernels.hooks.Hooks`, or a function
+            `(options, case) -> Hooks` where it depends on either; None has no kernels.
+        theta: `theta(options, case)`, the hooks' runtime numbers.
         default_learned: learned options that a patched model always gets as parameters.
         presets: name -> function of the training length -> initial values of learned options.
         name: registry name, filled in on registration.
@@ -164,6 +188,9 @@ class Variant:
     check: Callable[[Rows, Mapping[str, Any], float], None] | None = None
     row_sum: str = "any"
     nonnegative: bool = True
+    softmax_scores: bool = False
+    hooks: Any = None
+    theta: Callable[[Mapping[str, Any], Any], tuple[float, ...]] | None = None
     default_learned: tuple[str, ...] = ()
     presets: Mapping[str, Callable[[int], dict[str, float]]] = field(default_factory=dict)
     name: str = ""
@@ -228,8 +255,15 @@ class Variant:
         }
 
 
+def constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.assume_constant_result, which would import the whole compiler for it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 _registered: dict[str, Variant] = {}
-_loaded: dict[str, Variant] = {}
+# attributes are read as they are when a compiled call is traced, entries of a dict as they were
+_loaded = SimpleNamespace()
 
 
 def _shipped() -> list[str]:
@@ -256,13 +290,26 @@ def get_variant(name: str | Variant) -> Variant:
         raise ValueError(f"variant must be a name or a Variant, got {type(name).__name__}.")
     if name in _registered:
         return _registered[name]
-    if name not in _loaded:
-        known = list_variants()
-        if name not in known:
-            raise ValueError(f"unknown variant {name!r}; {suggest(name, known)}")
-        module = importlib.import_module(f"attnvariants.variants.{name}")
-        _loaded[name] = replace(module.VARIANT, name=name)
-    return _loaded[name]
+    _load(name)
+    return getattr(_loaded, name)
+
+
+@constant_when_compiled
+def _load(name: str) -> None:
+    if hasattr(_loaded, name):
+        return
+    known = list_variants()
+    if name not in known:
+        raise ValueError(f"unknown variant {name!r}; {suggest(name, known)}")
+    module = importlib.import_module(f"attnvariants.variants.{name}")
+    setattr(_loaded, name, replace(module.VARIANT, name=name))
+
+
+def is_registered(variant: Variant) -> bool:
+    """Whether `get_variant(variant.name)` is this very variant."""
+    if variant.name in _registered:
+        return _registered[variant.name] is variant
+    return getattr(_loaded, variant.name, None) is variant
 
 
 def register(name: str, variant: Variant, *, replace_existing: bool = False) -> Variant:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnvariants import checks
+from attnvariants import checks, engines, fused
 from attnvariants.api import attention
-from attnvariants.problem import RowStats
-from attnvariants.registry import Variant
+from attnvariants.autocast import autocast_inputs, no_autocast
+from attnvariants.geometry import Packed
+from attnvariants.problem import Problem, RowStats, build, prepare
+from attnvariants.registry import Variant, get_variant
 
 
 def attention_varlen(
@@ -50,7 +52,9 @@ def attention_varlen(
         return_weights: also return a list of `[heads, q_len, kv_len]`, one a sequence.
         return_stats: also return `RowStats` of `[heads, tokens_q]`.
         variant, causal, window_size, softcap, scale, dropout_p, generator, impl, options: as in
-            `attention`, causality and windows aligned in each sequence by itself.
+            `attention`, causality and windows aligned in each sequence by itself. Fused kernels
+            ("triton") take all sequences in one launch, unless there is dropout or weights or
+            statistics are asked for; all else runs one sequence after another.
 
     Returns:
         `[tokens_q, heads, value_dim]`, or a tuple of it and what else was asked for.
@@ -59,29 +63,27 @@ def attention_varlen(
         ValueError: as `attention`; or boundaries that do not start at 0, decrease, do not end at
             the number of tokens, or differ in number.
     """
-    checks.check_qkv(query, key, value, rank=3)
-    bounds_q = checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query.shape[0], "query")
-    bounds_k = checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, key.shape[0], "key")
-    if len(bounds_q) != len(bounds_k):
-        raise ValueError(
-            "cu_seqlens_q and cu_seqlens_k must describe as many sequences, "
-            f"got {len(bounds_q) - 1} and {len(bounds_k) - 1}."
+    impl, chosen = engines.check_impl(impl), get_variant(variant)
+    packed = pack(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    call: dict[str, Any] = {
+        "causal": causal,
+        "window_size": window_size,
+        "softcap": softcap,
+        "scale": scale,
+    }
+    if not (return_weights or return_stats or dropout_p):
+        out = _in_one_launch(
+            query, key, value, chosen, options, impl, packed, alibi_slopes=alibi_slopes, **call
         )
-    for name, limit, bounds in (
-        ("max_seqlen_q", max_seqlen_q, bounds_q),
-        ("max_seqlen_k", max_seqlen_k, bounds_k),
-    ):
-        longest = max((b - a for a, b in pairwise(bounds)), default=0)
-        if limit is not None and not isinstance(limit, int):
-            raise ValueError(f"{name} must be an integer or None, got {limit!r}.")
-        if limit is not None and longest > limit:
-            raise ValueError(f"{name} is {limit}, but a sequence has {longest} tokens.")
-    if alibi_slopes is not None:
-        alibi_slopes = checks.check_slopes(
-            alibi_slopes, len(bounds_q) - 1, query.shape[1], query.device
-        )
+        if out is not None:
+            return out
 
     results = []
+    if alibi_slopes is not None:
+        alibi_slopes = checks.check_slopes(
+            alibi_slopes, cu_seqlens_q.shape[0] - 1, query.shape[1], query.device
+        )
+    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     if len(bounds_q) == 1:
         # no sequence at all: one empty one has the same output, and its call the same checks
         bounds_q, bounds_k, alibi_slopes = [0, 0], [0, 0], None
@@ -91,20 +93,17 @@ def attention_varlen(
         if alibi_slopes is not None:
             slopes = alibi_slopes[index if alibi_slopes.shape[0] > 1 else 0]
         result = attention(
-            _sequence(query, span_q),
-            _sequence(key, span_k),
-            _sequence(value, span_k),
-            variant,
-            causal=causal,
-            window_size=window_size,
+            sequence(query, span_q),
+            sequence(key, span_k),
+            sequence(value, span_k),
+            chosen,
             alibi_slopes=slopes,
-            softcap=softcap,
-            scale=scale,
             dropout_p=dropout_p,
             generator=generator,
             impl=impl,
             return_weights=return_weights,
             return_stats=return_stats,
+            **call,
             **options,
         )
         results.append(result if isinstance(result, tuple) else (result,))
@@ -118,6 +117,87 @@ def attention_varlen(
     return (out, *extra) if extra else out
 
 
-def _sequence(tensor: Tensor, span: slice) -> Tensor:
+def pack(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> Packed:
+    """Validate what describes packed sequences.
+
+    Raises:
+        ValueError: as `attention_varlen`.
+    """
+    checks.check_qkv(query, key, value, rank=3)
+    bounds_q = checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query.shape[0], "query")
+    bounds_k = checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, key.shape[0], "key")
+    if cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]:
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must describe as many sequences, "
+            f"got {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}."
+        )
+    longest = []
+    for name, limit, bounds, tokens in (
+        ("max_seqlen_q", max_seqlen_q, bounds_q, query.shape[0]),
+        ("max_seqlen_k", max_seqlen_k, bounds_k, key.shape[0]),
+    ):
+        if limit is not None and not isinstance(limit, (int, torch.SymInt)):
+            raise ValueError(f"{name} must be an integer or None, got {limit!r}.")
+        if bounds is None:
+            # not to be read while compiling: the limit is trusted, or none is known
+            longest.append(tokens if limit is None else limit)
+            continue
+        longest.append(max((b - a for a, b in pairwise(bounds)), default=0))
+        if limit is not None and longest[-1] > limit:
+            raise ValueError(f"{name} is {limit}, but a sequence has {longest[-1]} tokens.")
+    cu_q, cu_k = (cu.to(query.device, torch.int32) for cu in (cu_seqlens_q, cu_seqlens_k))
+    return Packed(cu_q, cu_k, *longest)
+
+
+def packed_problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    variant: Variant,
+    options: dict[str, Any],
+    packed: Packed,
+    **call: Any,
+) -> tuple[Tensor, Tensor, Tensor, Problem]:
+    """One call of all sequences: the tensors as [1, heads, tokens, ...] and the rest."""
+    query, key, value = (sequence(t, slice(None)) for t in (query, key, value))
+    return query, key, value, build(query, key, value, variant, options, packed=packed, **call)
+
+
+def _in_one_launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    variant: Variant,
+    options: dict[str, Any],
+    impl: str,
+    packed: Packed,
+    **call: Any,
+) -> Tensor | None:
+    """The output of fused kernels for all sequences at once; None if they are not to run it."""
+    against = {"triton": fused.why_not, "auto": engines.against_triton}.get(impl)
+    if against is None or packed.cu_q.shape[0] == 1:
+        return None
+    if impl == "auto" and query.device.type != "cuda":
+        return None
+    query, key, value = autocast_inputs(query, key, value)
+    with no_autocast(query):
+        query, key, value, problem = packed_problem(
+            query, key, value, variant, options, packed, **call
+        )
+        if against(query, key, value, problem):
+            return None
+        query, key = prepare(query, key, problem)
+        return engines.run("triton", query, key, value, problem)[0].transpose(0, 1)
+
+
+def sequence(tensor: Tensor, span: slice) -> Tensor:
     """`[tokens, heads, width]` to the `[1, heads, tokens, width]` of one sequence."""
     return tensor[span].transpose(0, 1).unsqueeze(0)

@@ -6,6 +6,7 @@ import torch
 
 import attnvariants
 from attnvariants import attention, blocks
+from attnvariants.testing import CASES, make_inputs, random, refused
 
 ENGINES = ["reference", "chunked"]
 SETTINGS = {
@@ -30,19 +31,6 @@ def test_every_variant_is_covered():
     assert set(SETTINGS) == set(attnvariants.list_variants())
 
 
-def make(batch=2, heads=2, kv_heads=2, q_len=7, kv_len=7, dim=8, value_dim=8, seed=0, size=1.0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64) * size
-
-    return (
-        normal(batch, heads, q_len, dim),
-        normal(batch, kv_heads, kv_len, dim),
-        normal(batch, kv_heads, kv_len, value_dim),
-    )
-
-
 def visible(q_len, kv_len, causal=False, window_size=None):
     """[q_len, kv_len], by definition, bottom-right aligned."""
     keep = torch.ones(q_len, kv_len, dtype=torch.bool)
@@ -59,64 +47,9 @@ def visible(q_len, kv_len, causal=False, window_size=None):
     return keep
 
 
-def pad(*lengths_of, kv_len, left):
-    keep = torch.zeros(len(lengths_of), 1, 1, kv_len, dtype=torch.bool)
-    for row, length in enumerate(lengths_of):
-        keep[row, ..., kv_len - length :] = left
-        keep[row, ..., :length] |= not left
-    return keep
-
-
-def random(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def dead_rows(q_len, kv_len):
-    keep = random(2, 2, q_len, kv_len, seed=5) > 0
-    keep[0, 0, 2] = False
-    keep[1, :, 0] = False
-    return keep
-
-
-# name: (sizes, call)
-CASES = {
-    "full": ({}, {}),
-    "causal": ({}, {"causal": True}),
-    "cache": ({"q_len": 3}, {"causal": True}),
-    "decode": ({"q_len": 1}, {"causal": True}),
-    "more_queries": ({"q_len": 9, "kv_len": 5}, {"causal": True}),
-    "length_one": ({"q_len": 1, "kv_len": 1}, {"causal": True}),
-    "window": ({"q_len": 8, "kv_len": 11}, {"window_size": (2, 1)}),
-    "causal_window": ({"q_len": 9, "kv_len": 9}, {"window_size": (3, 0), "causal": True}),
-    "left_window": ({"q_len": 9, "kv_len": 4}, {"window_size": (1, -1)}),
-    "left_pad": ({}, {"attn_mask": pad(7, 3, kv_len=7, left=True), "causal": True}),
-    "right_pad": ({}, {"attn_mask": pad(4, 7, kv_len=7, left=False)}),
-    "mask": ({}, {"attn_mask": dead_rows(7, 7)}),
-    "mask_heads_window": (
-        {"q_len": 5}, {"attn_mask": dead_rows(5, 7)[:1], "causal": True, "window_size": (3, -1)}
-    ),
-    "float_mask": ({}, {"attn_mask": random(1, 2, 7, 7).masked_fill(~dead_rows(7, 7)[:1],
-                                                                   -torch.inf)}),
-    "bias": ({"q_len": 4}, {"bias": random(2, 2, 4, 7), "causal": True}),
-    "bias_broadcast": ({}, {"bias": random(1, 2, 1, 7)}),
-    "alibi": ({"q_len": 5}, {"alibi_slopes": random(2).abs(), "causal": True}),
-    "alibi_batch": ({}, {"alibi_slopes": random(2, 2).abs()}),
-    "softcap": ({}, {"softcap": 1.5, "causal": True}),
-    "gqa": ({"heads": 6, "kv_heads": 2, "q_len": 5}, {"causal": True}),
-    "mqa": ({"heads": 3, "kv_heads": 1}, {"attn_mask": dead_rows(7, 7)[:, :1]}),
-    "value_dim": ({"dim": 6, "value_dim": 3}, {"causal": True}),
-    "scale": ({}, {"scale": 0.7}),
-    "together": (
-        {"heads": 4, "q_len": 5, "kv_len": 8, "value_dim": 5},
-        {"causal": True, "window_size": (5, 0), "softcap": 2.0, "bias": random(2, 4, 5, 8),
-         "attn_mask": random(2, 1, 1, 8, seed=3) > -1, "scale": 0.4},
-    ),
-}  # fmt: skip
-
-
 def call_of(name, options, sizes, call):
     """Leaves (query, key, value, bias, slopes, learned) and the two calls over them."""
-    q, k, v = make(**sizes)
+    q, k, v = make_inputs(**sizes)
     leaves = {"query": q, "key": k, "value": v}
     options = dict(options)
     heads = q.shape[1]
@@ -149,13 +82,6 @@ def by_oracle(name, leaves, rest):
     )  # fmt: skip
 
 
-def refused(name, call):
-    variant = attnvariants.get_variant(name)
-    mask = call.get("attn_mask")
-    float_mask = mask is not None and mask.dtype != torch.bool
-    return [f for f in variant.refuses if f in call or (f == "bias" and float_mask)]
-
-
 def assert_close(got, want, tolerance, what):
     error = float((got.detach().double() - want.detach()).abs().max()) if want.numel() else 0.0
     size = max(1.0, float(want.detach().abs().max())) if want.numel() else 1.0
@@ -171,7 +97,7 @@ def test_against_the_oracle(name, options, case, monkeypatch):
     monkeypatch.setattr(blocks, "_THREAD_SCORES", 48)
     sizes, call = CASES[case]
     leaves, rest = call_of(name, options, sizes, call)
-    if refused(name, call):
+    if refused(attnvariants.get_variant(name), call):
         with pytest.raises(ValueError, match="takes no"):
             attention(**leaves, variant=name, **rest)
         return

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attnvariants.api import _engine
+from attnvariants.engines import check_impl
 from attnvariants.hf import masks
 from attnvariants.hf.build import requests_of
 from attnvariants.hf.find import attention_modules
@@ -136,7 +136,7 @@ def patch(
             them, or a regular expression) to a variant or a pair (variant, options).
         layers: None for all text attention; an index or several, negative ones from the end; a
             regular expression searched in module names; or a predicate `(name, module) -> bool`.
-        impl: engine of `attention`: "auto", "chunked" or "reference".
+        impl: engine of `attention`.
         preset: name of one of the variant's presets of initial values, e.g. "retrofit".
         train_length: length the preset is computed for; default the model's longest.
         trainable: whether the learned parameters require a gradient.
@@ -155,7 +155,7 @@ def patch(
     masks.register()
     targets = attention_modules(model)
     requests = requests_of(variant, layers, options, preset, train_length)
-    _engine(impl)
+    check_impl(impl)
     plan = plan_patch(model, targets, requests, impl, trainable)
     state = state_of(model)
     fresh = new_in(plan, model, state)

@@ -60,6 +60,13 @@ def unit(x, length=1.0):
     return x * (torch.where(alive, square, 1.0).rsqrt() * alive * length)
 
 
+def is_bounded(case):
+    """Whether kernels may take e^x of `scaled_cosine` scores as it is, in bfloat16's range."""
+    # the margin is for the rounding of unit vectors
+    largest = 1.02 * case.scale * math.log(case.head_dim) * math.log(max(case.kv_len, 1))
+    return case.dtype == "bfloat16" and not case.shaped and largest < 80
+
+
 def scaled_cosine(query, key, rows, **_):
     """Features whose product is log d log n cos(q, k)."""
     length = math.log(query.shape[-1]) * rows.visible.clamp(min=1).log()

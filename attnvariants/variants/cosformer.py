@@ -14,24 +14,49 @@ import math
 import torch
 
 from attnvariants.registry import Option, Variant
+from attnvariants_kernels._triton import jit, tl
+from attnvariants_kernels.hooks import Hooks, no_delta, no_stats, no_sweep
 
 EPS = 1e-6
 
 
 def prepare(query, key, rows, *, max_len):
-    longest = max_len or max(rows.q_len, rows.kv_len, 1)
-
-    def features(x, first):
-        angle = torch.arange(first, first + x.shape[-2], device=x.device, dtype=torch.float64)
-        angle = (angle * (math.pi / 2 / longest)).unsqueeze(-1)
+    def features(x, position, longest):
+        angle = position.double() * (math.pi / 2 / (max_len or longest))
+        angle = angle.unsqueeze(-1)
         x = x.relu()
         return torch.cat([x * angle.cos().to(x.dtype), x * angle.sin().to(x.dtype)], -1)
 
-    return features(query, rows.offset), features(key, 0)
+    of_queries, of_keys = rows.positions(query, key)
+    return features(query, *of_queries), features(key, *of_keys)
 
 
 def ratio(scores, rows, *, max_len):
     return scores, scores.sum(-1, keepdim=True).clamp(min=EPS)
+
+
+@jit
+def fold(stats, x, unit, keep, cols, n, theta):
+    return (stats[0] + tl.sum(x, 1),), x, 1.0
+
+
+@jit
+def finish(stats, unit, n, theta):
+    total = stats[0] * unit
+    inverse = 1.0 / tl.maximum(total, theta[0])
+    return inverse * unit, (inverse, tl.where(total >= theta[0], 1.0, 0.0))
+
+
+@jit
+def grad(x, unit, cols, dp, saved, delta, n, theta):
+    inverse, alive = saved
+    return x * (unit * inverse), (dp - alive * delta[0]) * inverse
+
+
+HOOKS = Hooks(
+    no_stats, no_sweep, fold, finish, grad, no_delta,
+    hidden=0.0, saves=2, rescales=False, proportional=True,
+)  # fmt: skip
 
 
 def check(rows, options, scale):
@@ -55,6 +80,8 @@ VARIANT = Variant(
     hidden=0.0,
     check=check,
     row_sum="at most one",
+    hooks=HOOKS,
+    theta=lambda options, case: (EPS,),
     refuses={"bias": _NO_SCORE, "alibi_slopes": _NO_SCORE, "softcap": _NO_SCORE},
     options={
         "max_len": Option(

@@ -8,7 +8,12 @@ Source: Gao et al., 2025, arXiv:2501.13428 (version 5).
 """
 
 from attnvariants.registry import Variant
-from attnvariants.variants._shared import LOG2E, scaled_cosine, softplus_fused, softplus_ratio
+from attnvariants.variants._shared import (
+    LOG2E, is_bounded, scaled_cosine, softplus_fused, softplus_ratio,
+)  # fmt: skip
+from attnvariants_kernels import functions as fn
+from attnvariants_kernels._triton import jit, tl
+from attnvariants_kernels.hooks import Hooks, log_sum, no_delta, no_stats, no_sweep, peak_and_sum
 
 
 def ratio(scores, rows):
@@ -19,6 +24,59 @@ def fused(scores, rows):
     return softplus_fused(scores)
 
 
+@jit
+def fold(stats, x, unit, keep, cols, n, theta):
+    m, l = stats
+    z = x * (unit * fn.LOG2E)
+    # only rows whose scores are all negative need a pivot
+    peak = tl.minimum(tl.maximum(m, tl.max(z, 1)), 0.0)
+    w = fn.softplus2(z, peak[:, None])
+    rescale = tl.exp2(m - peak)
+    return (peak, l * rescale + tl.sum(w, 1)), w, rescale
+
+
+@jit
+def finish(stats, unit, n, theta):
+    factor, total = log_sum(stats)
+    return factor, (total,)
+
+
+@jit
+def grad(x, unit, cols, dp, saved, delta, n, theta):
+    z = x * (unit * fn.LOG2E)
+    w = fn.softplus2(z, saved[0])
+    return w, fn.sigmoid2(z, saved[0]) * fn.LOG2E * (dp - delta[0])
+
+
+@jit
+def fold_bounded(stats, x, unit, keep, cols, n, theta):
+    z = x * (unit * fn.LOG2E)
+    w = fn.softplus2_half(z)
+    return (stats[0] + tl.sum(w, 1),), w, 1.0
+
+
+@jit
+def finish_bounded(stats, unit, n, theta):
+    factor = tl.where(stats[0] > 0, 1.0 / stats[0], 0.0)
+    return factor, (factor,)
+
+
+@jit
+def grad_bounded(x, unit, cols, dp, saved, delta, n, theta):
+    z = x * (unit * fn.LOG2E)
+    w = fn.softplus2_half(z)
+    # e^x / (1 + e^x) without a division
+    slope = tl.exp2(z - w)
+    return w * saved[0], slope * (saved[0] * fn.LOG2E) * (dp - delta[0])
+
+
+HOOKS = Hooks(peak_and_sum, no_sweep, fold, finish, grad, no_delta, hides=True)
+BOUNDED = Hooks(
+    no_stats, no_sweep, fold_bounded, finish_bounded, grad_bounded, no_delta,
+    rescales=False, hides=True,
+)  # fmt: skip
+
+
 VARIANT = Variant(
     doc=__doc__,
     ratio=ratio,
@@ -27,4 +85,5 @@ VARIANT = Variant(
     prepare=scaled_cosine,
     scale=1.0,
     row_sum="one",
+    hooks=lambda options, case: BOUNDED if is_bounded(case) else HOOKS,
 )

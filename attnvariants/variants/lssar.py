@@ -14,7 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from attnvariants.registry import Option, Variant
-from attnvariants.variants._shared import LOG2E, scaled_cosine, softplus_fused, softplus_ratio
+from attnvariants.variants._shared import (
+    LOG2E, is_bounded, scaled_cosine, softplus_fused, softplus_ratio,
+)  # fmt: skip
+from attnvariants_kernels import functions as fn
+from attnvariants_kernels._triton import jit, tl
+from attnvariants_kernels.hooks import Hooks, log_sum
 
 # Keys this many units of rounding above the offset are at it: rows of ties stay empty.
 _TIES = 16
@@ -57,6 +62,167 @@ def whole_power(x, p):
     return result
 
 
+@jit
+def start(BLOCK_M: tl.constexpr):
+    low = tl.full([BLOCK_M], fn.LOWEST, tl.float32)
+    zero = tl.zeros([BLOCK_M], tl.float32)
+    return low, zero, low, zero
+
+
+@jit
+def sweep(stats, x, unit, keep, cols, n, theta, index):
+    m, total, peak, mass = stats
+    z = x * (unit * fn.LOG2E)
+    pivot = tl.minimum(tl.maximum(m, tl.max(z, 1)), 0.0)
+    total = total * tl.exp2(m - pivot) + tl.sum(fn.softplus2(z, pivot[:, None]), 1)
+    return pivot, total, peak, mass
+
+
+@jit
+def inverse(total):
+    return tl.where(total > 0, 1.0 / total, 0.0)
+
+
+@jit
+def log_raised(z, pivot, share, n, theta):
+    """(log2 relu(n a - o), relu(n a - o)), -inf and 1 where the key does not stand out.
+
+    The share is 1 / sum, the sum that of the pivoted weights: its logarithm would be too coarse
+    for the power.
+    """
+    p, offset, exempt, least = theta
+    raised = fn.softplus2(z, pivot) * share * n - tl.where(n <= exempt, 0.0, offset)
+    dead = raised <= least
+    raised = tl.where(dead, 1.0, raised)
+    return tl.where(dead, float("-inf"), tl.log2(raised)), raised
+
+
+@jit
+def fold(stats, x, unit, keep, cols, n, theta):
+    m, total, peak, mass = stats
+    z = x * (unit * fn.LOG2E)
+    log_r, _ = log_raised(z, m[:, None], inverse(total)[:, None], n[:, None], theta)
+    y = theta[0] * log_r
+    higher = tl.maximum(peak, tl.max(y, 1))
+    e = tl.exp2(y - higher[:, None])
+    rescale = tl.exp2(peak - higher)
+    return (m, total, higher, mass * rescale + tl.sum(e, 1)), e, rescale
+
+
+@jit
+def finish(stats, unit, n, theta):
+    m, total, peak, mass = stats
+    factor, log_mass = log_sum((peak, mass))
+    return factor, (m, inverse(total), log_mass)
+
+
+@jit
+def sharpened(z, dp, saved, delta0, n, theta):
+    """Weights, and the gradient of n a."""
+    log_r, raised = log_raised(z, saved[0], saved[1], n, theta)
+    w = tl.exp2(theta[0] * log_r - saved[2])
+    return w, theta[0] * w / raised * (dp - delta0)
+
+
+@jit
+def delta(x, unit, cols, dp, saved, delta0, n, theta):
+    z = x * (unit * fn.LOG2E)
+    g = sharpened(z, dp, saved, delta0, n, theta)[1]
+    return g * fn.softplus2(z, saved[0]) * saved[1]
+
+
+@jit
+def grad(x, unit, cols, dp, saved, delta, n, theta):
+    z = x * (unit * fn.LOG2E)
+    w, g = sharpened(z, dp, saved, delta[0], n, theta)
+    return w, fn.sigmoid2(z, saved[0]) * (fn.LOG2E * n * saved[1]) * (g - delta[1])
+
+
+@jit
+def start_bounded(BLOCK_M: tl.constexpr):
+    zero = tl.zeros([BLOCK_M], tl.float32)
+    return zero, tl.full([BLOCK_M], fn.LOWEST, tl.float32), zero
+
+
+@jit
+def sweep_bounded(stats, x, unit, keep, cols, n, theta, index):
+    total, peak, mass = stats
+    return total + tl.sum(fn.softplus2_half(x * (unit * fn.LOG2E)), 1), peak, mass
+
+
+@jit
+def log_raised_bounded(w, rate, offset, least):
+    raised = w * rate - offset
+    dead = raised <= least
+    return tl.where(dead, float("-inf"), fn.log2_approx(raised))
+
+
+@jit
+def fold_bounded(stats, x, unit, keep, cols, n, theta):
+    total, peak, mass = stats
+    w = fn.softplus2_half(x * (unit * fn.LOG2E))
+    rate = (n * inverse(total))[:, None]
+    offset = tl.where(n <= theta[2], 0.0, theta[1])[:, None]
+    log_r = log_raised_bounded(w, rate, offset, theta[3])
+    higher = tl.maximum(peak, tl.max(log_r, 1) * theta[0])
+    e = tl.exp2(log_r * theta[0] - higher[:, None])
+    rescale = tl.exp2(peak - higher)
+    return (total, higher, mass * rescale + tl.sum(e, 1)), e, rescale
+
+
+@jit
+def finish_bounded(stats, unit, n, theta):
+    total, peak, mass = stats
+    factor, log_mass = log_sum((peak, mass))
+    return factor, (inverse(total), log_mass)
+
+
+@jit
+def sharpened_bounded(a, dp, saved, delta0, n, theta):
+    offset = tl.where(n <= theta[2], 0.0, theta[1])
+    log_r = log_raised_bounded(a, saved[0] * n, offset, theta[3])
+    w = tl.exp2(log_r * theta[0] - saved[1])
+    # w / r, and 0 where log r is -inf
+    slope = tl.exp2(log_r * (theta[0] - 1.0) - saved[1])
+    return w, slope * (theta[0] * (dp - delta0))
+
+
+@jit
+def delta_bounded(x, unit, cols, dp, saved, delta0, n, theta):
+    a = fn.softplus2_half(x * (unit * fn.LOG2E))
+    return sharpened_bounded(a, dp, saved, delta0, n, theta)[1] * (a * saved[0])
+
+
+@jit
+def grad_bounded(x, unit, cols, dp, saved, delta, n, theta):
+    z = x * (unit * fn.LOG2E)
+    a = fn.softplus2_half(z)
+    w, g = sharpened_bounded(a, dp, saved, delta[0], n, theta)
+    return w, tl.exp2(z - a) * (fn.LOG2E * n * saved[0]) * (g - delta[1])
+
+
+HOOKS = Hooks(
+    start, sweep, fold, finish, grad, delta,
+    saves=3, sweeps=1, needs_n=True, delta_sweep=True, hides=True,
+)  # fmt: skip
+BOUNDED = Hooks(
+    start_bounded, sweep_bounded, fold_bounded, finish_bounded, grad_bounded, delta_bounded,
+    saves=2, sweeps=1, needs_n=True, delta_sweep=True, hides=True,
+)  # fmt: skip
+
+
+def hooks(options, case):
+    # w / r is a power p - 1, which p > 1 keeps finite
+    return BOUNDED if is_bounded(case) and options["p"] > 1 else HOOKS
+
+
+def theta(options, case):
+    offset = float(options["offset"])
+    limits = torch.finfo(torch.float32)
+    least = max(_TIES * limits.eps * offset, limits.tiny)
+    return float(options["p"]), offset, float(options["exempt_rows"]), least
+
+
 VARIANT = Variant(
     doc=__doc__,
     ratio=ratio,
@@ -65,6 +231,8 @@ VARIANT = Variant(
     prepare=scaled_cosine,
     scale=1.0,
     row_sum="at most one",
+    hooks=hooks,
+    theta=theta,
     options={
         "p": Option(15.0, "power of the re-weighting (3 is best at the trained length)", above=0.0),
         "offset": Option(1.0, "what a key must exceed, in units of the row's mean", minimum=0.0),

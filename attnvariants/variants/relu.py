@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from attnvariants.registry import Option, Variant
+from attnvariants.variants._pointwise import hooks
 
 
 def _softplus(x):
@@ -53,12 +54,19 @@ def fused(scores, rows, *, act, length, power):
     return apply(scores), length_power(rows, length, power)
 
 
+def theta(options, case):
+    length = {"visible": 0, "kv": case.kv_len}.get(options["length"], options["length"])
+    return float(length), float(options["power"])
+
+
 VARIANT = Variant(
     doc=__doc__,
     ratio=ratio,
     fused=fused,
     hidden=lambda options: ACTIVATIONS[options["act"]][2],
     nonnegative=False,
+    hooks=hooks,
+    theta=theta,
     options={
         "act": Option("relu", "pointwise function", choices=tuple(ACTIVATIONS), number=False),
         "length": Option("visible", "what to divide by", choices=("visible", "kv"), above=0.0),

@@ -8,6 +8,7 @@ Source: Vaswani et al., 2017, arXiv:1706.03762.
 
 from attnvariants.registry import Variant
 from attnvariants.variants._shared import LOG2E, exp_fused, exp_ratio
+from attnvariants_kernels.hooks import SOFTMAX
 
 
 def ratio(scores, rows):
@@ -18,4 +19,12 @@ def fused(scores, rows):
     return exp_fused(scores)
 
 
-VARIANT = Variant(doc=__doc__, ratio=ratio, fused=fused, fused_unit=LOG2E, row_sum="one")
+VARIANT = Variant(
+    doc=__doc__,
+    ratio=ratio,
+    fused=fused,
+    fused_unit=LOG2E,
+    row_sum="one",
+    softmax_scores=True,
+    hooks=SOFTMAX,
+)

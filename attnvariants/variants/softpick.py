@@ -11,6 +11,9 @@ import torch
 
 from attnvariants.registry import Option, Variant
 from attnvariants.variants._shared import LOG2E
+from attnvariants_kernels import functions as fn
+from attnvariants_kernels._triton import jit, tl
+from attnvariants_kernels.hooks import Hooks, no_delta, no_sweep
 
 # In units of log 2: up to this score e^s is far from overflow and needs no shift.
 _UNSHIFTED = 40.0
@@ -42,6 +45,56 @@ def fused(scores, rows, *, eps):
     return positive, 2 * positive.sum(-1, keepdim=True) - total + floor
 
 
+@jit
+def start(BLOCK_M: tl.constexpr):
+    return tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+
+
+@jit
+def fold(stats, x, unit, keep, cols, n, theta):
+    # in half precision the scores' own rounding hides what e^s - 1 cancels
+    m, l = stats
+    c = unit * fn.LOG2E
+    peak = tl.maximum(m, tl.max(x, 1) * c)
+    size = tl.exp2(x * c - peak[:, None]) - tl.exp2(-peak)[:, None]
+    rescale = tl.exp2(m - peak)
+    return (peak, l * rescale + tl.sum(tl.abs(size), 1)), tl.maximum(size, 0.0), rescale
+
+
+@jit
+def fold_exact(stats, x, unit, keep, cols, n, theta):
+    m, l = stats
+    s = x * unit
+    peak = tl.maximum(m, tl.max(s, 1) * fn.LOG2E)
+    size = -fn.expm1(-tl.abs(s)) * tl.exp2(tl.maximum(s, 0.0) * fn.LOG2E - peak[:, None])
+    rescale = tl.exp2(m - peak)
+    return (peak, l * rescale + tl.sum(size, 1)), tl.where(s > 0, size, 0.0), rescale
+
+
+@jit
+def finish(stats, unit, n, theta):
+    m, l = stats
+    return 1.0 / (l + theta[0]), (m + tl.log2(l + theta[0]),)
+
+
+@jit
+def grad(x, unit, cols, dp, saved, delta, n, theta):
+    e = tl.exp2(x * (unit * fn.LOG2E) - saved[0])
+    w = tl.maximum(e - tl.exp2(-saved[0]), 0.0)
+    return w, e * tl.where(x > 0, dp - delta[0], tl.where(x < 0, delta[0], 0.0))
+
+
+@jit
+def grad_exact(x, unit, cols, dp, saved, delta, n, theta):
+    s = x * unit
+    e = tl.exp2(s * fn.LOG2E - saved[0])
+    w = tl.where(s > 0, -fn.expm1(-s) * e, 0.0)
+    return w, e * tl.where(x > 0, dp - delta[0], tl.where(x < 0, delta[0], 0.0))
+
+
+HOOKS = Hooks(start, no_sweep, fold, finish, grad, no_delta, hidden=0.0, hides=True)
+EXACT = HOOKS._replace(fold=fold_exact, grad=grad_exact)
+
 VARIANT = Variant(
     doc=__doc__,
     ratio=ratio,
@@ -49,5 +102,7 @@ VARIANT = Variant(
     fused_unit=LOG2E,
     hidden=0.0,
     row_sum="at most one",
+    hooks=lambda options, case: EXACT if case.dtype == "float32" else HOOKS,
+    theta=lambda options, case: (options["eps"],),
     options={"eps": Option(1e-6, "added to the scaled denominator", above=0.0)},
 )

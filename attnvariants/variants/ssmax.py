@@ -12,6 +12,7 @@ import math
 
 from attnvariants.registry import Option, Variant
 from attnvariants.variants._shared import LOG2E, exp_fused, exp_ratio
+from attnvariants_kernels.hooks import SOFTMAX
 
 
 def prepare(query, key, rows, *, s, b):
@@ -39,6 +40,8 @@ VARIANT = Variant(
     fused_unit=LOG2E,
     prepare=prepare,
     row_sum="one",
+    softmax_scores=True,
+    hooks=SOFTMAX,
     options={
         "s": Option(1.0, "factor of log n, one per head", learned=True),
         "b": Option(0.0, "offset of the temperature, one per head", learned=True),

@@ -1,0 +1,72 @@
+"""Why a call runs on the engine it runs on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnvariants import engines
+from attnvariants.autocast import autocast_inputs, no_autocast
+from attnvariants.engines import Explanation
+from attnvariants.problem import build
+from attnvariants.registry import CALL_ARGUMENTS, Variant, get_variant
+from attnvariants.varlen import pack, packed_problem, sequence
+
+_PACKED = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    variant: str | Variant = "softmax",
+    *,
+    impl: str = "auto",
+    **call: Any,
+) -> Explanation:
+    """Which engine a call of `attention` or `attention_varlen` runs on, and why; runs nothing.
+
+    Args:
+        query: as the call's.
+        key: as the call's.
+        value: as the call's.
+        variant: as the call's.
+        impl: as the call's.
+        **call: all else of the call, options of the variant too; with `cu_seqlens_q` and
+            `cu_seqlens_k` it is a packed one.
+
+    Returns:
+        The engine, and of every engine the reasons for or against it; print it to read them. Of
+        packed sequences that run one by one, the explanation is that of the longest.
+
+    Raises:
+        ValueError: as the call itself, but for an engine that cannot run it: that is explained.
+    """
+    chosen, described = get_variant(variant), {k: call.pop(k) for k in _PACKED if k in call}
+    options = {k: v for k, v in call.items() if k not in CALL_ARGUMENTS}
+    known = {k: v for k, v in call.items() if k in CALL_ARGUMENTS}
+    engines.check_impl(impl)
+    # a seed of one's own: an explanation must not move the generator
+    known["seed"] = 0
+    extras = known.pop("return_weights", False), known.pop("return_stats", False)
+    query, key, value = autocast_inputs(query, key, value)
+    with torch.no_grad(), no_autocast(query):
+        if described:
+            packed = pack(query, key, value, **described)
+            whole = packed_problem(query, key, value, chosen, options, packed, **known)
+            together = engines.reasons_of(impl, *whole)
+            if together.engine == "triton" and not any(extras) and not known.get("dropout_p"):
+                return together
+            # all others take the sequences one by one: what a longest one runs on
+            first, last = (int(packed.cu_q.diff().argmax()) + i for i in (0, 1))
+            query, key, value = (
+                sequence(tensor, slice(int(cu[first]), int(cu[last])))
+                for tensor, cu in ((query, packed.cu_q), (key, packed.cu_k), (value, packed.cu_k))
+            )
+            slopes = known.get("alibi_slopes")
+            if slopes is not None and slopes.dim() == 2:
+                known["alibi_slopes"] = slopes[min(first, slopes.shape[0] - 1)]
+        problem = build(query, key, value, chosen, options, **known)
+        return engines.reasons_of(impl, query, key, value, problem)
