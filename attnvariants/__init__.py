@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# importing it registers its operators
+from attnvariants import linear_ops  # noqa: F401
 from attnvariants._version import __version__
 from attnvariants.api import attention
 from attnvariants.compat import (
@@ -24,7 +26,7 @@ from attnvariants.registry import Option, Rows, Variant, get_variant, list_varia
 from attnvariants.varlen import attention_varlen
 
 if TYPE_CHECKING:
-    from attnvariants import diagnostics
+    from attnvariants import diagnostics, recurrent
     from attnvariants.hf import Patch, patch, unpatch
 
 
@@ -45,6 +47,7 @@ __all__ = [
     "get_variant",
     "list_variants",
     "patch",
+    "recurrent",
     "register",
     "scaled_dot_product_attention",
     "unpatch",
@@ -56,8 +59,8 @@ _LAZY = {"patch": "hf", "unpatch": "hf", "Patch": "hf"}
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(f"attnvariants.{_LAZY[name]}"), name)
-    if name == "diagnostics":
-        return importlib.import_module("attnvariants.diagnostics")
+    if name in ("diagnostics", "recurrent"):
+        return importlib.import_module(f"attnvariants.{name}")
     raise AttributeError(f"module 'attnvariants' has no attribute {name!r}")
 
 

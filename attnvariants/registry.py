@@ -47,6 +47,8 @@ class Rows(NamedTuple):
         offset: row i of the call stands at position `i + offset` among the keys.
         packed: None, or the sequences that a call of packed ones holds; then `q_len` and `kv_len`
             are those of the longest and `offset` has no meaning.
+        first_key: where the first of the keys at hand stands; not 0 where a state stands for those
+            before it.
     """
 
     visible: Tensor
@@ -54,6 +56,7 @@ class Rows(NamedTuple):
     kv_len: int
     offset: int
     packed: Packed | None = None
+    first_key: int = 0
 
     def positions(self, query: Tensor, key: Tensor) -> tuple[tuple[Tensor, Any], ...]:
         """Of all queries and of all keys: where each stands, int64 `[tokens]`, and the greater of
@@ -62,8 +65,9 @@ class Rows(NamedTuple):
         if self.packed is not None:
             return self.packed.positions(query.shape[-2], key.shape[-2])
         longest = max(self.q_len, self.kv_len, 1)
-        first = torch.arange(query.shape[-2], device=query.device) + self.offset
-        return (first, longest), (torch.arange(key.shape[-2], device=key.device), longest)
+        of_queries = torch.arange(query.shape[-2], device=query.device) + self.offset
+        of_keys = torch.arange(key.shape[-2], device=key.device) + self.first_key
+        return (of_queries, longest), (of_keys, longest)
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Option:
         minimum: smallest number accepted.
         above: numbers must be strictly greater than this.
         learned: a floating tensor of shape `[]` or `[heads]` is accepted and gets its gradient.
+        in_prepare: the option acts in `prepare` alone, so that fused kernels need not know it.
         from_config: name of the Hugging Face config field that `patch` fills the option from.
     """
 
@@ -88,6 +93,7 @@ class Option:
     minimum: float | None = None
     above: float | None = None
     learned: bool = False
+    in_prepare: bool = False
     from_config: str | None = None
 
     def accepts(self) -> str:
@@ -120,7 +126,8 @@ class Option:
         if self.number and isinstance(value, (int, float)) and not isinstance(value, bool):
             small = self.minimum is not None and value < self.minimum
             edge = self.above is not None and value <= self.above
-            if math.isfinite(value) and not small and not edge:
+            # a comparison, which a symbolic number of a call being compiled has too
+            if abs(value) < math.inf and not small and not edge:
                 return value
         raise ValueError(f"{owner}'s {name} must be {self.accepts()}, got {value!r}.")
 
@@ -171,6 +178,9 @@ class Variant:
         hooks: the fused kernels' part, `attnvariants_kernels.hooks.Hooks`, or a function
             `(options, case) -> Hooks` where it depends on either; None has no kernels.
         theta: `theta(options, case)`, the hooks' runtime numbers.
+        width_factor: how many times head_dim the prepared query and key are wide.
+        linear_eps: None, or weights are the scores themselves over the greater of their sum and
+            this: then linear kernels run it in linear time, and `recurrent` decodes with a state.
         default_learned: learned options that a patched model always gets as parameters.
         presets: name -> function of the training length -> initial values of learned options.
         name: registry name, filled in on registration.
@@ -191,6 +201,8 @@ class Variant:
     softmax_scores: bool = False
     hooks: Any = None
     theta: Callable[[Mapping[str, Any], Any], tuple[float, ...]] | None = None
+    width_factor: int = 1
+    linear_eps: float | None = None
     default_learned: tuple[str, ...] = ()
     presets: Mapping[str, Callable[[int], dict[str, float]]] = field(default_factory=dict)
     name: str = ""

@@ -40,7 +40,44 @@ def bench_markdown():
     return "\n".join(lines)
 
 
-TABLES = {"variants": variants_markdown, "bench": bench_markdown}
+def static_markdown():
+    """The table of `bench/results/static.json`: forward, dq and dk/dv on sm_90, head_dim 128."""
+    result = json.loads((ROOT / "bench/results/static.json").read_text())
+    kernels = {"forward": "Forward", "dq": "dq", "dkv": "dk/dv"}
+    found = {}
+    for row in result["rows"]:
+        if (row["target"], row["head_dim"]) == ("sm_90", 128) and row["kernel"] in kernels:
+            found.setdefault(row["cell"], {}).setdefault(row["kernel"], []).append(row)
+
+    def worst(rows, field, digits=2):
+        values = [row[field] for row in rows or () if row.get(field) is not None]
+        return f"{max(values):.{digits}f}" if values else "-"
+
+    heads = [f"{title}, {what}" for title in kernels.values() for what in ("instructions", "MUFU")]
+    columns = ["Kernels", *heads, "Registers", "Stack + local bytes"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    # the yardstick first
+    for cell in sorted(found, key=lambda name: (not name.startswith("handwritten"), name)):
+        per_kernel = [found[cell].get(kernel) for kernel in kernels]
+        cells = [cell if cell.startswith("handwritten") else f"`{cell}`"]
+        for rows in per_kernel:
+            cells += [worst(rows, "non_mma"), worst(rows, "mufu")]
+        for field in ("registers", "stack_and_local"):
+            cells.append(" / ".join(worst(rows, field, 0) for rows in per_kernel if rows))
+        lines.append(f"| {' | '.join(cells)} |")
+    missed = sum(len(one["missed"]) for one in result["checks"])
+    lines += [
+        "",
+        "Instructions per score element of the loop over full tiles that are not tensor-core "
+        "instructions, and those of the special function unit; sm_90, bf16, head_dim 128, the "
+        "worse of causal and full, in the shipped blocks. Read from SASS, with no GPU; Triton "
+        f"{result['triton']}, ptxas {result['ptxas']['sm_90']}.",
+        f"Targets missed, of all kernels on {', '.join(result['ptxas'])}: {missed}.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {"variants": variants_markdown, "bench": bench_markdown, "static": static_markdown}
 
 
 def refreshed(text):

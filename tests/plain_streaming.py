@@ -6,11 +6,11 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import attnvariants_kernels
 import torch
-from attnvariants_kernels import _triton
 
+import attnvariants_kernels
 from attnvariants import get_variant, registry
+from attnvariants_kernels import _triton
 
 SOFTMAX = SimpleNamespace(kind="softmax", saves=1, needs_n=False)
 # relu(s) / n^power, with an extra saved row that nothing reads

@@ -1,14 +1,20 @@
-"""Every variant x every part of the contract x both engines, against row-by-row oracles."""
+"""Every variant x every part of the contract x every engine, against row-by-row oracles."""
 
 import oracles
 import pytest
 import torch
+from engines import ENGINES
 
 import attnvariants
 from attnvariants import attention, blocks
 from attnvariants.testing import CASES, make_inputs, random, refused
 
-ENGINES = ["reference", "chunked"]
+# engine: dtypes and the errors that they may have
+BUDGETS = {
+    "reference": {torch.float64: 1e-9},
+    "chunked": {torch.float64: 1e-9, torch.float32: 2e-5},
+    "triton": {torch.float32: 1e-5},
+}
 SETTINGS = {
     "softmax": [{}],
     "ssmax": [{"learn": True}, {"s": 0.4, "b": 0.3}],
@@ -106,24 +112,22 @@ def test_against_the_oracle(name, options, case, monkeypatch):
     # retain zeros where an input plays no part, e.g. a single key
     wanted = torch.autograd.grad(want, list(leaves.values()), grad_out, allow_unused=True)
     for impl in ENGINES:
-        got = attention(**leaves, variant=name, impl=impl, **rest)
-        assert got.shape == want.shape
-        assert_close(got, want, 1e-9, f"{impl} out")
-        grads = torch.autograd.grad(got, list(leaves.values()), grad_out, allow_unused=True)
-        for leaf, grad, expected in zip(leaves, grads, wanted, strict=True):
-            expected = torch.zeros_like(leaves[leaf]) if expected is None else expected
-            grad = torch.zeros_like(leaves[leaf]) if grad is None else grad
-            assert_close(grad, expected, 1e-9, f"{impl} gradient of {leaf}")
+        for dtype, budget in BUDGETS[impl].items():
+            check(name, impl, dtype, budget, leaves, rest, [want, *wanted], grad_out)
 
-    small = {key: tensor.detach().float().requires_grad_() for key, tensor in leaves.items()}
-    rest32 = {
-        key: item.float() if torch.is_tensor(item) and item.is_floating_point() else item
-        for key, item in rest.items()
-    }
-    got = attention(**small, variant=name, impl="chunked", **rest32)
-    assert got.dtype == torch.float32
-    assert_close(got, want, 2e-5, "float32 out")
-    grads = torch.autograd.grad(got, list(small.values()), grad_out.float(), allow_unused=True)
-    for leaf, grad, expected in zip(leaves, grads, wanted, strict=True):
-        if expected is not None:
-            assert_close(grad, expected, 2e-5, f"float32 gradient of {leaf}")
+
+def check(name, impl, dtype, budget, leaves, rest, wanted, grad_out):
+    def cast(item):
+        return item.to(dtype) if torch.is_tensor(item) and item.is_floating_point() else item
+
+    inputs = {key: cast(tensor).detach().requires_grad_() for key, tensor in leaves.items()}
+    got = attention(
+        **inputs, variant=name, impl=impl, **{key: cast(item) for key, item in rest.items()}
+    )
+    assert got.dtype == dtype
+    assert got.shape == wanted[0].shape
+    grads = torch.autograd.grad(got, list(inputs.values()), cast(grad_out), allow_unused=True)
+    for what, found, expected in zip(("out", *inputs), (got, *grads), wanted, strict=True):
+        expected = torch.zeros_like(leaves[what]) if expected is None else expected
+        found = torch.zeros_like(inputs[what]) if found is None else found
+        assert_close(found, expected, budget, f"{impl} {dtype} {what}")

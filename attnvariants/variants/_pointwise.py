@@ -45,37 +45,48 @@ def finish_power(stats, unit, n, theta):
 
 
 @jit
+def _relu(x):
+    # NaN stays NaN: it is not for a kernel to hide
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
 def fold_relu(stats, x, unit, keep, cols, n, theta):
-    return stats, tl.maximum(x, 0.0), 1.0
+    return stats, _relu(x), 1.0
 
 
 @jit
 def grad_relu(x, unit, cols, dp, saved, delta, n, theta):
-    return tl.maximum(x, 0.0) * (unit * saved[0]), tl.where(x > 0, dp * saved[0], 0.0)
+    return _relu(x) * (unit * saved[0]), tl.where(x > 0, dp * saved[0], 0.0)
 
 
 @jit
 def fold_relu2(stats, x, unit, keep, cols, n, theta):
-    s = tl.maximum(x * unit, 0.0)
+    s = _relu(x * unit)
     return stats, s * s, 1.0
 
 
 @jit
 def grad_relu2(x, unit, cols, dp, saved, delta, n, theta):
-    s = tl.maximum(x * unit, 0.0)
+    s = _relu(x * unit)
     return s * s * saved[0], 2.0 * s * (dp * saved[0])
 
 
 @jit
+def _relu6(s):
+    return tl.minimum(_relu(s), 6.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
 def fold_relu6(stats, x, unit, keep, cols, n, theta):
-    return stats, tl.minimum(tl.maximum(x * unit, 0.0), 6.0), 1.0
+    return stats, _relu6(x * unit), 1.0
 
 
 @jit
 def grad_relu6(x, unit, cols, dp, saved, delta, n, theta):
     s = x * unit
     inside = (s > 0) & (s < 6)
-    return tl.minimum(tl.maximum(s, 0.0), 6.0) * saved[0], tl.where(inside, dp * saved[0], 0.0)
+    return _relu6(s) * saved[0], tl.where(inside, dp * saved[0], 0.0)
 
 
 @jit

@@ -5,7 +5,8 @@
 i and j are positions, the queries' being the last ones of the keys'. cos(a - b) splits into
 products, so c = q'.k' with features of twice the width. Default scale 1. `max_len` None takes the
 longer of query and key, as the authors do; then cached decoding differs from prefill, so fix it
-for generation. Rows sum to one, or less where the sum falls under 1e-6.
+for generation. Rows sum to one, or less where the sum falls under 1e-6. Kernels run causal and
+full calls in linear time; `attnvariants.recurrent` decodes with a state in place of the keys.
 Source: Qin et al., 2022, arXiv:2202.08791.
 """
 
@@ -82,6 +83,8 @@ VARIANT = Variant(
     row_sum="at most one",
     hooks=HOOKS,
     theta=lambda options, case: (EPS,),
+    width_factor=2,
+    linear_eps=EPS,
     refuses={"bias": _NO_SCORE, "alibi_slopes": _NO_SCORE, "softcap": _NO_SCORE},
     options={
         "max_len": Option(

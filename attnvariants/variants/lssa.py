@@ -9,7 +9,11 @@ Source: Gao et al., 2025, arXiv:2501.13428 (version 5).
 
 from attnvariants.registry import Variant
 from attnvariants.variants._shared import (
-    LOG2E, is_bounded, scaled_cosine, softplus_fused, softplus_ratio,
+    LOG2E,
+    is_bounded,
+    scaled_cosine,
+    softplus_fused,
+    softplus_ratio,
 )  # fmt: skip
 from attnvariants_kernels import functions as fn
 from attnvariants_kernels._triton import jit, tl

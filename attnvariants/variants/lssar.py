@@ -15,7 +15,11 @@ import torch.nn.functional as F
 
 from attnvariants.registry import Option, Variant
 from attnvariants.variants._shared import (
-    LOG2E, is_bounded, scaled_cosine, softplus_fused, softplus_ratio,
+    LOG2E,
+    is_bounded,
+    scaled_cosine,
+    softplus_fused,
+    softplus_ratio,
 )  # fmt: skip
 from attnvariants_kernels import functions as fn
 from attnvariants_kernels._triton import jit, tl
@@ -64,9 +68,8 @@ def whole_power(x, p):
 
 @jit
 def start(BLOCK_M: tl.constexpr):
-    low = tl.full([BLOCK_M], fn.LOWEST, tl.float32)
     zero = tl.zeros([BLOCK_M], tl.float32)
-    return low, zero, low, zero
+    return tl.full([BLOCK_M], fn.LOWEST, tl.float32), zero, zero, zero
 
 
 @jit
@@ -84,44 +87,46 @@ def inverse(total):
 
 
 @jit
-def log_raised(z, pivot, share, n, theta):
-    """(log2 relu(n a - o), relu(n a - o)), -inf and 1 where the key does not stand out.
+def raise_above(z, pivot, share, n, theta):
+    """relu(n a - o), 0 where the key does not stand out.
 
     The share is 1 / sum, the sum that of the pivoted weights: its logarithm would be too coarse
     for the power.
     """
-    p, offset, exempt, least = theta
-    raised = fn.softplus2(z, pivot) * share * n - tl.where(n <= exempt, 0.0, offset)
-    dead = raised <= least
-    raised = tl.where(dead, 1.0, raised)
-    return tl.where(dead, float("-inf"), tl.log2(raised)), raised
+    raised = fn.softplus2(z, pivot) * share * n - tl.where(n <= theta[2], 0.0, theta[1])
+    return tl.where(raised <= theta[3], 0.0, raised)
+
+
+@jit
+def power(ratio, p):
+    # near 1, where the weight is, the logarithm is small and so is its rounding
+    return tl.exp2(p * tl.log2(ratio))
 
 
 @jit
 def fold(stats, x, unit, keep, cols, n, theta):
     m, total, peak, mass = stats
     z = x * (unit * fn.LOG2E)
-    log_r, _ = log_raised(z, m[:, None], inverse(total)[:, None], n[:, None], theta)
-    y = theta[0] * log_r
-    higher = tl.maximum(peak, tl.max(y, 1))
-    e = tl.exp2(y - higher[:, None])
-    rescale = tl.exp2(peak - higher)
+    r = raise_above(z, m[:, None], inverse(total)[:, None], n[:, None], theta)
+    higher = tl.maximum(peak, tl.max(r, 1))
+    e = power(r * inverse(higher)[:, None], theta[0])
+    rescale = power(peak * inverse(higher), theta[0])
     return (m, total, higher, mass * rescale + tl.sum(e, 1)), e, rescale
 
 
 @jit
 def finish(stats, unit, n, theta):
     m, total, peak, mass = stats
-    factor, log_mass = log_sum((peak, mass))
-    return factor, (m, inverse(total), log_mass)
+    factor = inverse(mass)
+    return factor, (m, inverse(total), inverse(peak), factor)
 
 
 @jit
 def sharpened(z, dp, saved, delta0, n, theta):
     """Weights, and the gradient of n a."""
-    log_r, raised = log_raised(z, saved[0], saved[1], n, theta)
-    w = tl.exp2(theta[0] * log_r - saved[2])
-    return w, theta[0] * w / raised * (dp - delta0)
+    r = raise_above(z, saved[0], saved[1], n, theta)
+    w = power(r * saved[2], theta[0]) * saved[3]
+    return w, theta[0] * w / tl.where(r > 0, r, 1.0) * (dp - delta0)
 
 
 @jit
@@ -174,23 +179,24 @@ def fold_bounded(stats, x, unit, keep, cols, n, theta):
 def finish_bounded(stats, unit, n, theta):
     total, peak, mass = stats
     factor, log_mass = log_sum((peak, mass))
-    return factor, (inverse(total), log_mass)
+    # as many rows as `finish` saves, whichever of the two a call takes
+    return factor, (total * 0.0, inverse(total), log_mass, log_mass)
 
 
 @jit
 def sharpened_bounded(a, dp, saved, delta0, n, theta):
     offset = tl.where(n <= theta[2], 0.0, theta[1])
-    log_r = log_raised_bounded(a, saved[0] * n, offset, theta[3])
-    w = tl.exp2(log_r * theta[0] - saved[1])
+    log_r = log_raised_bounded(a, saved[1] * n, offset, theta[3])
+    w = tl.exp2(log_r * theta[0] - saved[2])
     # w / r, and 0 where log r is -inf
-    slope = tl.exp2(log_r * (theta[0] - 1.0) - saved[1])
+    slope = tl.exp2(log_r * (theta[0] - 1.0) - saved[2])
     return w, slope * (theta[0] * (dp - delta0))
 
 
 @jit
 def delta_bounded(x, unit, cols, dp, saved, delta0, n, theta):
     a = fn.softplus2_half(x * (unit * fn.LOG2E))
-    return sharpened_bounded(a, dp, saved, delta0, n, theta)[1] * (a * saved[0])
+    return sharpened_bounded(a, dp, saved, delta0, n, theta)[1] * (a * saved[1])
 
 
 @jit
@@ -198,16 +204,16 @@ def grad_bounded(x, unit, cols, dp, saved, delta, n, theta):
     z = x * (unit * fn.LOG2E)
     a = fn.softplus2_half(z)
     w, g = sharpened_bounded(a, dp, saved, delta[0], n, theta)
-    return w, tl.exp2(z - a) * (fn.LOG2E * n * saved[0]) * (g - delta[1])
+    return w, tl.exp2(z - a) * (fn.LOG2E * n * saved[1]) * (g - delta[1])
 
 
 HOOKS = Hooks(
     start, sweep, fold, finish, grad, delta,
-    saves=3, sweeps=1, needs_n=True, delta_sweep=True, hides=True,
+    saves=4, sweeps=1, needs_n=True, delta_sweep=True, hides=True,
 )  # fmt: skip
 BOUNDED = Hooks(
     start_bounded, sweep_bounded, fold_bounded, finish_bounded, grad_bounded, delta_bounded,
-    saves=2, sweeps=1, needs_n=True, delta_sweep=True, hides=True,
+    saves=4, sweeps=1, needs_n=True, delta_sweep=True, hides=True,
 )  # fmt: skip
 
 

@@ -19,7 +19,13 @@ from attnvariants.variants._shared import LOG2E, exp_fused, exp_ratio
 from attnvariants_kernels import functions as fn
 from attnvariants_kernels._triton import jit, tl
 from attnvariants_kernels.hooks import (
-    Hooks, finish_exp, fold_exp, log_sum, no_delta, no_sweep, peak_and_sum,
+    Hooks,
+    finish_exp,
+    fold_exp,
+    log_sum,
+    no_delta,
+    no_sweep,
+    peak_and_sum,
 )  # fmt: skip
 
 # the authors' constant, kept so that trained models carry over
@@ -77,7 +83,8 @@ def start(BLOCK_M: tl.constexpr):
 @jit
 def sweep(stats, x, unit, keep, cols, n, theta, index):
     m, l, low, high, low_at, high_at = stats
-    (m, l), _, _ = fold_exp((m, l), x, unit, keep, cols, n, theta)
+    sums, _, _ = fold_exp((m, l), x, unit, keep, cols, n, theta)
+    m, l = sums
     # from (0, nowhere) on: min(min s, 0), and the key that it came from; by place, not by value,
     # because the backward's products may round differently
     shown = x

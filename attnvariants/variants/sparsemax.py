@@ -9,9 +9,14 @@ Source: Martins and Astudillo, 2016, arXiv:1602.02068.
 import torch
 
 from attnvariants.registry import Variant
+from attnvariants_kernels._triton import jit, tl
+from attnvariants_kernels.hooks import Hooks, no_sweep
 
 # Above this share of candidates, sweeping the dense rows is cheaper than gathering them.
 _DENSE_SHARE = 0.2
+# Keys this little above tau, relative to its distance from the row maximum, are at it: rounding
+# must not move ties in and out of the support. The backward's tau is higher by as much.
+_TIE = tl.constexpr(2.0**-22)
 
 
 @torch.no_grad()
@@ -69,4 +74,45 @@ def fused(scores, rows):
     return z.sub_(threshold(z)).relu_(), None
 
 
-VARIANT = Variant(doc=__doc__, ratio=ratio, fused=fused, row_sum="one")
+@jit
+def start(BLOCK_M: tl.constexpr):
+    """Sum of the weights and size of the support; before them come the maximum and tau less it."""
+    return tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+
+
+@jit
+def fold(stats, x, unit, keep, cols, n, theta):
+    m, tau, total, size = stats
+    w = tl.maximum(x * unit - m[:, None] - tau[:, None], 0.0)
+    size += tl.sum((w > tau[:, None] * -_TIE).to(tl.float32), 1)
+    return (m, tau, total + tl.sum(w, 1), size), w, m
+
+
+@jit
+def finish(stats, unit, n, theta):
+    """What rounding left of the sum's distance from 1 is taken off: by another step of Newton's."""
+    m, tau, total, size = stats
+    some = size > 0
+    total = tl.where(some, total, 1.0)
+    size = 1.0 / tl.maximum(size, 1.0)
+    return 1.0 / total, (m, (tau + (total - 1.0) * size) * (1.0 - _TIE), size)
+
+
+@jit
+def delta(x, unit, cols, dp, saved, delta0, n, theta):
+    w = x * unit - saved[0] - saved[1]
+    return tl.where(w > 0, dp * saved[2], 0.0)
+
+
+@jit
+def grad(x, unit, cols, dp, saved, delta, n, theta):
+    w = tl.maximum(x * unit - saved[0] - saved[1], 0.0)
+    return w, tl.where(w > 0, dp - delta[1], 0.0)
+
+
+HOOKS = Hooks(
+    start, no_sweep, fold, finish, grad, delta,
+    saves=4, rescales=False, delta_sweep=True, hides=True, listed=True,
+)  # fmt: skip
+
+VARIANT = Variant(doc=__doc__, ratio=ratio, fused=fused, row_sum="one", hooks=HOOKS)

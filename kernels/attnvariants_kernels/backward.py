@@ -5,8 +5,12 @@ from __future__ import annotations
 from attnvariants_kernels._triton import jit, tl
 from attnvariants_kernels.tiles import (
     dropout_factors,
+    edge_place,
     edge_tile,
+    full_place,
     key_span,
+    list_of,
+    listed,
     load_tile,
     row_span,
     sequence,
@@ -95,16 +99,19 @@ def delta_kernel(
         if OPS.needs_n:
             n = visible_keys(rows, batch, head, first_q, M, N, offset, extra)[:, None]
         delta0 = delta0[:, None]
-        start, full, edge, before, edges = key_span(m0, M, N, offset, extra, BLOCK_M, BLOCK_N)
+        span = key_span(m0, M, N, offset, extra, BLOCK_M, BLOCK_N)
+        places = list_of(m0 // BLOCK_M, head, z, extra)
+        span = listed(span, m0 // BLOCK_M, head, z, extra, BLOCK_N)
         total = tl.zeros([BLOCK_M], tl.float32)
-        for n0 in tl.range(full, edge, BLOCK_N):
+        for tile in tl.range(span[1], span[2], BLOCK_N):
+            n0 = full_place(tile, places, BLOCK_N)
             total = _delta_tile(
                 total, q, g, k_ptr, v_ptr, k_strides[2], v_strides[2], n0, m0, n, saved, delta0,
                 scale, theta, batch, head, z, at, heads, extra, OPS, DIM, V_DIM, BLOCK_DIM,
                 BLOCK_V, BLOCK_M, BLOCK_N, False, FOLD, PRECISION,
             )  # fmt: skip
-        for tile in tl.range(0, edges, num_stages=1):
-            n0 = edge_tile(tile, start, edge, before, BLOCK_N)
+        for tile in tl.range(0, span[4], num_stages=1):
+            n0 = edge_place(tile, span, places, BLOCK_N)
             total = _delta_tile(
                 total, q, g, k_ptr, v_ptr, k_strides[2], v_strides[2], n0, m0, n, saved, delta0,
                 scale, theta, batch, head, z, at, heads, extra, OPS, DIM, V_DIM, BLOCK_DIM,
@@ -187,17 +194,20 @@ def dq_kernel(
     n = 1.0
     if OPS.needs_n:
         n = visible_keys(rows, batch, head, first_q, M, N, offset, extra)[:, None]
-    start, full, edge, before, edges = key_span(m0, M, N, offset, extra, BLOCK_M, BLOCK_N)
+    span = key_span(m0, M, N, offset, extra, BLOCK_M, BLOCK_N)
+    places = list_of(m0 // BLOCK_M, head, z, extra)
+    span = listed(span, m0 // BLOCK_M, head, z, extra, BLOCK_N)
     dq = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
     slope_sum = tl.zeros([BLOCK_M], tl.float32)
-    for n0 in tl.range(full, edge, BLOCK_N):
+    for tile in tl.range(span[1], span[2], BLOCK_N):
+        n0 = full_place(tile, places, BLOCK_N)
         dq, slope_sum = _dq_tile(
             dq, slope_sum, q, g, k_ptr, v_ptr, dbias_ptr, k_strides[2], v_strides[2], n0, m0, n,
             saved, delta, scale, theta, batch, head, z, at, heads, extra, OPS, DIM, V_DIM,
             BLOCK_DIM, BLOCK_V, BLOCK_M, BLOCK_N, False, FOLD, PRECISION, SLOPES,
         )  # fmt: skip
-    for tile in tl.range(0, edges, num_stages=1):
-        n0 = edge_tile(tile, start, edge, before, BLOCK_N)
+    for tile in tl.range(0, span[4], num_stages=1):
+        n0 = edge_place(tile, span, places, BLOCK_N)
         dq, slope_sum = _dq_tile(
             dq, slope_sum, q, g, k_ptr, v_ptr, dbias_ptr, k_strides[2], v_strides[2], n0, m0, n,
             saved, delta, scale, theta, batch, head, z, at, heads, extra, OPS, DIM, V_DIM,
@@ -274,6 +284,14 @@ def _next_tile(place, head, start, stop, STEP: tl.constexpr):
     return tl.where(past, start, place), head + past.to(tl.int32)
 
 
+@jit
+def _listed_tile(place, M, first, BLOCK_M: tl.constexpr):
+    """(row, head) that a list of dk/dv names: see `attnvariants_kernels.threshold_plan.Tiles`."""
+    place = tl.load(place)
+    rounded = tl.cdiv(M, BLOCK_M) * BLOCK_M
+    return place % rounded, first + place // rounded
+
+
 @jit(do_not_specialize=["heads", "kv_heads", "M", "N", "offset", "total_q"])
 def dkv_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, saved_ptr, delta_ptr, dk_ptr, dv_ptr,
@@ -303,25 +321,37 @@ def dkv_kernel(
     v = load_tile(v_ptr, n0, v_strides[2], N, V_DIM, BLOCK_N, BLOCK_V, True)
     dk = tl.zeros([BLOCK_N, BLOCK_DIM], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    start, full, edge, before, edges = row_span(n0, M, N, offset, extra, BLOCK_M, BLOCK_N)
+    span = row_span(n0, M, N, offset, extra, BLOCK_M, BLOCK_N)
+    places = list_of(tl.program_id(0), kv_head, z, extra)
+    span = listed(span, tl.program_id(0), kv_head, z, extra, BLOCK_M)
+    start, full, edge, before, edges = span
     group = heads // kv_heads
+    # lists hold the tiles of all heads
+    rounds = group if places is None else 1
     m0, head = full, kv_head * group
-    for _ in tl.range(group * ((edge - full) // BLOCK_M)):
+    for i in tl.range(rounds * ((edge - full) // BLOCK_M), disable_licm=True):
+        if places is not None:
+            m0, head = _listed_tile(places + i, M, kv_head * group, BLOCK_M)
         dk, dv = _dkv_tile(
             dk, dv, k, v, q_ptr, grad_ptr, saved_ptr, delta_ptr, q_strides, grad_strides, m0, n0,
             scale, theta, batch, head, z, first_q, total_q, plane, at, heads, extra, OPS, DIM,
             V_DIM, BLOCK_DIM, BLOCK_V, BLOCK_M, BLOCK_N, False, FOLD, PRECISION,
         )  # fmt: skip
-        m0, head = _next_tile(m0, head, full, edge, BLOCK_M)
+        if places is None:
+            m0, head = _next_tile(m0, head, full, edge, BLOCK_M)
     tile, head = edges * 0, kv_head * group
-    for _ in tl.range(group * edges, num_stages=1):
-        m0 = edge_tile(tile, start, edge, before, BLOCK_M)
+    for i in tl.range(rounds * edges, num_stages=1, disable_licm=True):
+        if places is None:
+            m0 = edge_tile(tile, start, edge, before, BLOCK_M)
+        else:
+            m0, head = _listed_tile(places + edge // BLOCK_M + i, M, kv_head * group, BLOCK_M)
         dk, dv = _dkv_tile(
             dk, dv, k, v, q_ptr, grad_ptr, saved_ptr, delta_ptr, q_strides, grad_strides, m0, n0,
             scale, theta, batch, head, z, first_q, total_q, plane, at, heads, extra, OPS, DIM,
             V_DIM, BLOCK_DIM, BLOCK_V, BLOCK_M, BLOCK_N, True, FOLD, PRECISION,
         )  # fmt: skip
-        tile, head = _next_tile(tile, head, 0, edges, 1)
+        if places is None:
+            tile, head = _next_tile(tile, head, 0, edges, 1)
     dk_ptr += batch * dk_strides[0] + kv_head * dk_strides[1] + first_k * dk_strides[2]
     dv_ptr += batch * dv_strides[0] + kv_head * dv_strides[1] + first_k * dv_strides[2]
     dk = dk * scale

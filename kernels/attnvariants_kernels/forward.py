@@ -5,8 +5,12 @@ from __future__ import annotations
 from attnvariants_kernels._triton import jit, tl
 from attnvariants_kernels.tiles import (
     dropout_factors,
+    edge_place,
     edge_tile,
+    full_place,
     key_span,
+    list_of,
+    listed,
     load_tile,
     sequence,
     shaped_scores,
@@ -96,6 +100,10 @@ def forward_kernel(
         n = visible_keys(rows, batch, head, first_q, M, N, offset, extra)
     start, full, edge, before, edges = key_span(m0, M, N, offset, extra, BLOCK_M, BLOCK_N)
     stats = OPS.start(BLOCK_M)
+    if OPS.listed:
+        where = saved_ptr + (batch * heads + head) * total_q + first_q + rows
+        given = tl.load(where, mask=rows < M, other=0.0)
+        stats = (given, tl.load(where + plane, mask=rows < M, other=0.0)) + stats
     if OPS.sweeps > 0:
         for sweep in range(OPS.sweeps):
             for n0 in tl.range(full, edge, BLOCK_N):
@@ -110,16 +118,20 @@ def forward_kernel(
                     z, at, extra, OPS, DIM, BLOCK_DIM, BLOCK_M, BLOCK_N, True, FOLD, PRECISION,
                 )  # fmt: skip
 
+    span = start, full, edge, before, edges
+    places = list_of(m0 // BLOCK_M, head, z, extra)
+    span = listed(span, m0 // BLOCK_M, head, z, extra, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    for n0 in tl.range(full, edge, BLOCK_N):
+    for tile in tl.range(span[1], span[2], BLOCK_N):
+        n0 = full_place(tile, places, BLOCK_N)
         stats, acc = _fold_tile(
             stats, acc, q, k_ptr, v_ptr, k_strides[2], v_strides[2], n0, m0, n, scale, theta,
             batch, head, z, at, heads, extra, OPS, DIM, V_DIM, BLOCK_DIM, BLOCK_V, BLOCK_M,
             BLOCK_N, False, FOLD, PRECISION,
         )  # fmt: skip
     # not pipelined: its registers would be the loop above's spills
-    for tile in tl.range(0, edges, num_stages=1):
-        n0 = edge_tile(tile, start, edge, before, BLOCK_N)
+    for tile in tl.range(0, span[4], num_stages=1):
+        n0 = edge_place(tile, span, places, BLOCK_N)
         stats, acc = _fold_tile(
             stats, acc, q, k_ptr, v_ptr, k_strides[2], v_strides[2], n0, m0, n, scale, theta,
             batch, head, z, at, heads, extra, OPS, DIM, V_DIM, BLOCK_DIM, BLOCK_V, BLOCK_M,
@@ -141,5 +153,5 @@ def forward_kernel(
         where + width, acc.to(out_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (width < V_DIM)
     )
     where = saved_ptr + (batch * heads + head) * total_q + first_q + rows
-    for i in tl.static_range(OPS.saves):
+    for i in tl.static_range(OPS.saves - OPS.listed):
         tl.store(where + i * plane, saved[i], mask=rows < M)

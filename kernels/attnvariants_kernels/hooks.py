@@ -11,10 +11,13 @@ from attnvariants_kernels.functions import LOG2E, LOWEST
 class Case(NamedTuple):
     """What a variant may choose its hooks by.
 
+    How much hooks save, and whether they read n, may depend on the options and the dtype alone:
+    torch asks for it before sizes are known.
+
     Attributes:
         dtype: of query, key and value: "float16", "bfloat16" or "float32".
-        head_dim: of the call, before the variant's `prepare`.
-        kv_len: number of keys.
+        head_dim: of the query that `prepare` returns.
+        kv_len: number of keys, of the longest sequence if packed.
         scale: the call's score multiplier, > 0.
         shaped: whether a bias or ALiBi adds to the scores.
     """
@@ -63,6 +66,10 @@ class Hooks(NamedTuple):
         hides: weights and ds come out as 0 where x = `hidden`, so that the template need not see
             to it.
         proportional: weights grow with x, so float16 needs x = s.
+        listed: the stats begin with each row's maximum and threshold, which
+            `attnvariants_kernels.threshold` finds beforehand and saves, and only the tiles that it
+            lists are visited; `start` gives the rest of the stats. `saved` begins with those two
+            and has a last plane that `finish` leaves out.
     """
 
     start: Any
@@ -80,6 +87,7 @@ class Hooks(NamedTuple):
     delta_sweep: bool = False
     hides: bool = False
     proportional: bool = False
+    listed: bool = False
 
 
 @jit

@@ -1,10 +1,13 @@
-"""One kernel launch as data: it can be run, or compiled ahead of time for a GPU that is not here."""
+"""One kernel launch as data: it can be run, or compiled for a GPU that is not here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import torch
 
 from attnvariants_kernels._triton import INTERPRETED, triton
 
@@ -57,7 +60,15 @@ class Launch:
     def run(self) -> None:
         """Launch it; an empty grid does nothing."""
         if all(self.grid):
-            self.kernel[self.grid](**self.arguments, **self.constants, **self._compile_options)
+            with self._on_device():
+                self.kernel[self.grid](**self.arguments, **self.constants, **self._compile_options)
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Triton launches on the current device, wherever the tensors are."""
+        for value in self.arguments.values():
+            if isinstance(value, torch.Tensor) and value.is_cuda:
+                return torch.cuda.device(value.device)
+        return nullcontext()
 
     def compile(self, target: str) -> Any:
         """Triton's `CompiledKernel` for a target such as "sm_90" or "gfx942"; needs no GPU.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnvariants_kernels import backward as kernels_backward
 from attnvariants_kernels import forward as kernels_forward
-from attnvariants_kernels import tuning
+from attnvariants_kernels import threshold_plan, tuning
 from attnvariants_kernels._triton import INTERPRETED, triton
 from attnvariants_kernels.hooks import Hooks
 from attnvariants_kernels.launch import Config, Launch, run_first
@@ -202,6 +202,41 @@ def plan_forward(
     return Launch(kernels_forward.forward_kernel, grid, arguments, constants, config)
 
 
+def solver_configs(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Config, ...]:
+    """The configurations of the solver of thresholds to try, the best first."""
+    sizes = _sizes(q, k, v, call, None)
+    width = max(q.shape[3], v.shape[3])
+    return threshold_plan.configs(width, q.element_size(), sizes.max_q, sizes.max_k)
+
+
+def plan_solve(
+    q: Tensor, k: Tensor, v: Tensor, saved: Tensor, call: Call, hooks: Hooks, config: Config,
+    sweeps: Tensor | None = None,
+) -> Launch:  # fmt: skip
+    """The launch that finds the thresholds, if `hooks.listed`; see `threshold_plan.plan_solve`."""
+    sizes = _sizes(q, k, v, call, None)
+    common = _common(q, k, v, call, sizes)
+    constants = _constants(q, v, hooks, call, config)
+    wide = solver_configs(q, k, v, call)[0].block_n
+    return threshold_plan.plan_solve(
+        common, constants, saved, sizes.max_q, sizes.max_k, wide, config, sweeps
+    )
+
+
+def with_lists(
+    kernel: str, launch: Launch, v: Tensor, saved: Tensor, call: Call, hooks: Hooks
+) -> list[Launch]:
+    """The launches of a kernel: itself, after its lists of tiles if `hooks.listed`."""
+    if not hooks.listed:
+        return [launch]
+    q, k = launch.arguments["q_ptr"], launch.arguments["k_ptr"]
+    sizes = _sizes(q, k, v, call, None)
+    best = solver_configs(q, k, v, call)[0]
+    return threshold_plan.plan_lists(
+        launch, saved, sizes.max_q, sizes.max_k, kernel == "dkv", (best.block_m, best.block_n)
+    )
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, hooks: Hooks) -> tuple[Tensor, Tensor]:
     """Output [B, H, M, value_dim] in value's dtype, and the saved rows [saves, B, H, M], float32.
 
@@ -217,7 +252,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, hooks: Hooks) -> tuple[
     out = torch.empty(*q.shape[:3], v.shape[3], dtype=v.dtype, device=v.device)
     saved = torch.empty(hooks.saves, *q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel():
-        _run("forward", sizes, q, v, hooks, lambda c: [plan_forward(q, k, v, out, saved, call, hooks, c)])
+        if hooks.listed:
+            run_first(
+                lambda config: [plan_solve(q, k, v, saved, call, hooks, config)],
+                solver_configs(q, k, v, call),
+            )
+
+        def plan(config: Config) -> list[Launch]:
+            launch = plan_forward(q, k, v, out, saved, call, hooks, config)
+            return with_lists("forward", launch, v, saved, call, hooks)
+
+        _run("forward", sizes, q, v, hooks, plan)
     return out, saved
 
 
@@ -307,9 +352,10 @@ def backward(
     for kernel in needed:
 
         def plan(config: Config, kernel: str = kernel) -> list[Launch]:
-            return [
-                plan_backward(kernel, q, k, v, out, saved, grad_out, grads, call, hooks, config)
-            ]
+            launch = plan_backward(
+                kernel, q, k, v, out, saved, grad_out, grads, call, hooks, config
+            )
+            return with_lists(kernel, launch, v, saved, call, hooks)
 
         _run(kernel, sizes, q, v, hooks, plan)
     return grads.dq, grads.dk, grads.dv, grads.bias, grads.slopes

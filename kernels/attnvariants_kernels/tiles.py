@@ -1,4 +1,4 @@
-"""What every streaming kernel does with a tile: where it lies, its scores, its mask, its dropout."""
+"""What every streaming kernel does with a tile: its place, scores, mask and dropout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class Extra(NamedTuple):
     """The optional parts of a call; what is None costs nothing.
 
     `key_mask` hides keys of all rows alike, `mask` single entries; both are uint8, nonzero =
-    visible. Strides are of (batch, head, row, key), without those that a tensor lacks.
+    visible. Strides are of (batch, head, row, key), without those that a tensor lacks. `tiles`
+    lists the tiles to visit, see `attnvariants_kernels.threshold`; None visits all that are seen.
     """
 
     left: Any
@@ -39,6 +40,7 @@ class Extra(NamedTuple):
     cu_q: Any
     cu_k: Any
     dropout: Any
+    tiles: Any = None
 
 
 @jit
@@ -70,6 +72,47 @@ def _cut(start, full, edge, stop, BLOCK: tl.constexpr):
 def edge_tile(index, start, edge, before, BLOCK: tl.constexpr):
     """Where edge tile `index` begins."""
     return tl.where(index < before, start + index * BLOCK, edge + (index - before) * BLOCK)
+
+
+@jit
+def _program(block, head, z):
+    return (z * tl.num_programs(1) + head).to(tl.int64) * tl.num_programs(0) + block
+
+
+@jit
+def list_of(block, head, z, extra):
+    """Where the tiles to visit are listed; None if they are not."""
+    # a tuple with a None in it cannot be returned
+    if extra.tiles is not None:
+        return extra.tiles.places + _program(block, head, z) * extra.tiles.width
+
+
+@jit
+def listed(span, block, head, z, extra, BLOCK: tl.constexpr):
+    """The span, which counts listed tiles if there are any lists."""
+    start, full, edge, before, edges = span
+    if extra.tiles is not None:
+        program = _program(block, head, z)
+        full = full * 0
+        edge = tl.load(extra.tiles.counts + program * 2) * BLOCK
+        edges = tl.load(extra.tiles.counts + program * 2 + 1)
+    return start, full, edge, before, edges
+
+
+@jit
+def full_place(index, places, BLOCK: tl.constexpr):
+    """Where the full tile `index` of a loop over full .. edge begins."""
+    if places is not None:
+        return tl.load(places + index // BLOCK)
+    return index
+
+
+@jit
+def edge_place(index, span, places, BLOCK: tl.constexpr):
+    """Where edge tile `index` begins."""
+    if places is not None:
+        return tl.load(places + span[2] // BLOCK + index)
+    return edge_tile(index, span[0], span[2], span[3], BLOCK)
 
 
 @jit
@@ -223,7 +266,11 @@ def load_tile(
     """[BLOCK, BLOCK_WIDTH] of rows start .. start + BLOCK, zeros beyond `stop` and WIDTH."""
     line = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK_WIDTH)[None, :]
-    where = pointer + tl.cast(start, tl.int64) * stride + (line * stride + column)
+    # What a thread's loads have apart, a whole number of steps, is 64-bit and the same for all
+    # threads: with one offset of its own a thread needs a third of the registers.
+    STEP: tl.constexpr = 2048 // BLOCK_WIDTH
+    where = pointer + tl.cast(start, tl.int64) * stride + ((line & (STEP - 1)) * stride + column)
+    where = where + (line & -STEP).to(tl.int64) * stride
     if EDGE and WIDTH != BLOCK_WIDTH:
         return tl.load(where, mask=(start + line < stop) & (column < WIDTH), other=0.0)
     if EDGE:

@@ -57,10 +57,10 @@ def configs(
         found = _HALF[like, widest, "dq" if kernel == "delta" else kernel]
     best = found[0]
     smaller = [best._replace(num_stages=1)] if best.num_stages > 1 else []
-    return tuple(_trim(config, rows, keys) for config in (*found, *smaller, *_SMALLEST))
+    return tuple(trim(config, rows, keys) for config in (*found, *smaller, *_SMALLEST))
 
 
-def _trim(config: Config, rows: int, keys: int) -> Config:
+def trim(config: Config, rows: int, keys: int) -> Config:
     """No taller and no wider than the call has use for."""
     block_m, block_n, num_warps, num_stages = config
     while block_m > 16 and block_m >= 2 * rows:

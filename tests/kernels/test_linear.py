@@ -1,6 +1,5 @@
 """The linear kernels against the dense formula in float64, written from its definition."""
 
-from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -8,56 +7,14 @@ import torch
 
 pytest.importorskip("triton")
 
+from engines import kernels_compile as compiles
+from engines import kernels_run as runs
+
 from attnvariants_kernels import linear, linear_plan
 from attnvariants_kernels._triton import INTERPRETED, why_not
 
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
-runs = pytest.mark.skipif(
-    bool(why_not()) or not (INTERPRETED or torch.cuda.is_available()),
-    reason=why_not() or "kernels run on a CUDA device, or on a CPU with TRITON_INTERPRET=1",
-)
-compiles = pytest.mark.skipif(
-    bool(why_not()) or INTERPRETED, reason=why_not() or "TRITON_INTERPRET=1 replaces the compiler"
-)
 EPS = 1e-6
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """What is allocated and not written shows."""
-    for name in ("empty", "empty_like"):
-        allocate = getattr(torch, name)
-        monkeypatch.setattr(torch, name, partial(_poisoned, allocate))
-
-
-def _poisoned(allocate, *args, **kwargs):
-    tensor = allocate(*args, **kwargs)
-    return tensor if tensor.is_meta else tensor.fill_(float("nan"))
-
-
-@pytest.fixture
-def bfloat16(monkeypatch):
-    """Triton's interpreter truncates to bfloat16 and multiplies its bits; a GPU does neither."""
-    if not INTERPRETED:
-        return
-    from triton import language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-
-    def rounded(self, source, dtype):
-        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, source, dtype)
-        values = torch.from_numpy(source.data.copy()).bfloat16()
-        return TensorHandle(values.view(torch.uint16).numpy(), tl.bfloat16)
-
-    def widened(self, a, b, *rest):
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = (cast(self, x, tl.float32) for x in (a, b))
-        return dot(self, a, b, *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounded)
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)
 
 
 def make(batch=1, heads=1, kv_heads=1, q_len=40, kv_len=40, features=16, value_dim=16, seed=0):
