@@ -182,8 +182,9 @@ def hooks(options, case):
     """The hooks of `act`, `length` and `power`."""
     fold, grad, linear, hidden, hides = _ACTIVATIONS[options["act"]]
     end = _FINISH[linear, options["power"] == 1]
+    cheap = options["act"] in ("relu", "relu2", "relu6", "identity")
     return Hooks(
         no_stats, no_sweep, fold, end, grad, no_delta, hidden=hidden, rescales=False,
         needs_n=options["length"] == "visible", needs_delta=False, hides=hides,
-        proportional=linear,
+        proportional=linear, cost=int(not cheap),
     )  # fmt: skip

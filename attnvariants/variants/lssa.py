@@ -74,10 +74,10 @@ def grad_bounded(x, unit, cols, dp, saved, delta, n, theta):
     return w * saved[0], slope * (saved[0] * fn.LOG2E) * (dp - delta[0])
 
 
-HOOKS = Hooks(peak_and_sum, no_sweep, fold, finish, grad, no_delta, hides=True)
+HOOKS = Hooks(peak_and_sum, no_sweep, fold, finish, grad, no_delta, hides=True, cost=1)
 BOUNDED = Hooks(
     no_stats, no_sweep, fold_bounded, finish_bounded, grad_bounded, no_delta,
-    rescales=False, hides=True,
+    rescales=False, hides=True, cost=1,
 )  # fmt: skip
 
 

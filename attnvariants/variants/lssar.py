@@ -209,11 +209,11 @@ def grad_bounded(x, unit, cols, dp, saved, delta, n, theta):
 
 HOOKS = Hooks(
     start, sweep, fold, finish, grad, delta,
-    saves=4, sweeps=1, needs_n=True, delta_sweep=True, hides=True,
+    saves=4, sweeps=1, needs_n=True, delta_sweep=True, hides=True, cost=2,
 )  # fmt: skip
 BOUNDED = Hooks(
     start_bounded, sweep_bounded, fold_bounded, finish_bounded, grad_bounded, delta_bounded,
-    saves=4, sweeps=1, needs_n=True, delta_sweep=True, hides=True,
+    saves=4, sweeps=1, needs_n=True, delta_sweep=True, hides=True, cost=2,
 )  # fmt: skip
 
 

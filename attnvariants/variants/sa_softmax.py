@@ -70,7 +70,7 @@ def finish_x(stats, unit, n, theta):
 def grad_x(x, unit, cols, dp, saved, delta, n, theta):
     p = tl.exp2(x * (unit * fn.LOG2E) - saved[0])
     w = p * (x * unit)
-    return w, (p + w) * dp - p * delta[0]
+    return w, w * dp + p * (dp - delta[0])
 
 
 @jit
@@ -150,7 +150,7 @@ def grad(x, unit, cols, dp, saved, delta, n, theta):
 X = Hooks(peak_and_sum, no_sweep, fold_x, finish_x, grad_x, no_delta, proportional=True)
 DETACHED = Hooks(
     start, sweep, fold, finish, grad_detached, no_delta,
-    saves=5, sweeps=1, rescales=False, proportional=True,
+    saves=5, sweeps=1, rescales=False, proportional=True, cost=3,
 )  # fmt: skip
 MINMAX0 = DETACHED._replace(grad=grad, delta=delta, delta_sweep=True)
 

@@ -112,7 +112,7 @@ def grad(x, unit, cols, dp, saved, delta, n, theta):
 
 HOOKS = Hooks(
     start, no_sweep, fold, finish, grad, delta,
-    saves=4, rescales=False, delta_sweep=True, hides=True, listed=True,
+    saves=4, rescales=False, delta_sweep=True, hides=True, listed=True, cost=2,
 )  # fmt: skip
 
 VARIANT = Variant(doc=__doc__, ratio=ratio, fused=fused, row_sum="one", hooks=HOOKS)

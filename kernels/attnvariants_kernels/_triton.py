@@ -34,7 +34,7 @@ _problem = ""
 try:
     import triton
     import triton.language as tl
-    from triton.language.target_info import is_cuda
+    from triton.language.target_info import cuda_capability_geq, is_cuda
 
     _version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if not VERSIONS[0] <= _version < VERSIONS[1]:
@@ -43,7 +43,7 @@ except ImportError as error:
     _problem = f"{_WANTED} is needed, and it cannot be imported ({error})"
 
 if _problem:
-    triton = tl = is_cuda = _Inert()
+    triton = tl = is_cuda = cuda_capability_geq = _Inert()
     jit: Any = _inert_jit
 else:
     jit = triton.jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attnvariants_kernels._triton import jit, tl
+from attnvariants_kernels._triton import cuda_capability_geq, jit, tl
 from attnvariants_kernels.tiles import (
     dropout_factors,
     edge_place,
@@ -206,7 +206,7 @@ def dq_kernel(
             saved, delta, scale, theta, batch, head, z, at, heads, extra, OPS, DIM, V_DIM,
             BLOCK_DIM, BLOCK_V, BLOCK_M, BLOCK_N, False, FOLD, PRECISION, SLOPES,
         )  # fmt: skip
-    for tile in tl.range(0, span[4], num_stages=1):
+    for tile in tl.range(0, span[4], num_stages=1 if cuda_capability_geq(9) else None):
         n0 = edge_place(tile, span, places, BLOCK_N)
         dq, slope_sum = _dq_tile(
             dq, slope_sum, q, g, k_ptr, v_ptr, dbias_ptr, k_strides[2], v_strides[2], n0, m0, n,
@@ -271,8 +271,8 @@ def _dkv_tile(
         ds = tl.where(keep, ds, 0.0)
     if extra.softcap is not None:
         ds = ds * cap_slope
-    dv = tl.dot(w.to(g.dtype), g, dv, input_precision=PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    dv = tl.dot(w.to(g.dtype), g, dv, input_precision=PRECISION)
     return dk, dv
 
 
@@ -329,7 +329,7 @@ def dkv_kernel(
     # lists hold the tiles of all heads
     rounds = group if places is None else 1
     m0, head = full, kv_head * group
-    for i in tl.range(rounds * ((edge - full) // BLOCK_M), disable_licm=True):
+    for i in tl.range(rounds * ((edge - full) // BLOCK_M), disable_licm=cuda_capability_geq(9)):
         if places is not None:
             m0, head = _listed_tile(places + i, M, kv_head * group, BLOCK_M)
         dk, dv = _dkv_tile(
@@ -340,7 +340,7 @@ def dkv_kernel(
         if places is None:
             m0, head = _next_tile(m0, head, full, edge, BLOCK_M)
     tile, head = edges * 0, kv_head * group
-    for i in tl.range(rounds * edges, num_stages=1, disable_licm=True):
+    for i in tl.range(rounds * edges, num_stages=1, disable_licm=cuda_capability_geq(9)):
         if places is None:
             m0 = edge_tile(tile, start, edge, before, BLOCK_M)
         else:

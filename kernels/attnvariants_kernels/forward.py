@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attnvariants_kernels._triton import jit, tl
+from attnvariants_kernels._triton import cuda_capability_geq, jit, tl
 from attnvariants_kernels.tiles import (
     dropout_factors,
     edge_place,
@@ -129,8 +129,8 @@ def forward_kernel(
             batch, head, z, at, heads, extra, OPS, DIM, V_DIM, BLOCK_DIM, BLOCK_V, BLOCK_M,
             BLOCK_N, False, FOLD, PRECISION,
         )  # fmt: skip
-    # not pipelined: its registers would be the loop above's spills
-    for tile in tl.range(0, span[4], num_stages=1):
+    # pipelined on Hopper, its registers would be the loop above's spills
+    for tile in tl.range(0, span[4], num_stages=1 if cuda_capability_geq(9) else None):
         n0 = edge_place(tile, span, places, BLOCK_N)
         stats, acc = _fold_tile(
             stats, acc, q, k_ptr, v_ptr, k_strides[2], v_strides[2], n0, m0, n, scale, theta,

@@ -70,6 +70,8 @@ class Hooks(NamedTuple):
             `attnvariants_kernels.threshold` finds beforehand and saves, and only the tiles that it
             lists are visited; `start` gives the rest of the stats. `saved` begins with those two
             and has a last plane that `finish` leaves out.
+        cost: how many more registers than softmax the variant needs, 0 to 3: it chooses the blocks,
+            see `attnvariants_kernels.tuning`, and nothing else.
     """
 
     start: Any
@@ -88,6 +90,12 @@ class Hooks(NamedTuple):
     hides: bool = False
     proportional: bool = False
     listed: bool = False
+    cost: int = 0
+
+    @property
+    def cache_key(self) -> str:
+        """What Triton's disk cache knows the hooks by: their source, and not their names alone."""
+        return "-".join(getattr(one, "cache_key", str(one)) for one in self)
 
 
 @jit

@@ -366,8 +366,8 @@ def configs(
 ) -> tuple[Config, ...]:
     """The configurations to try for a kernel, the best first."""
     width = max(q.shape[3], v.shape[3])
-    heavy = hooks.sweeps > 0 or hooks.saves > 2
-    return tuning.configs(kernel, architecture, width, q.element_size(), rows, keys, heavy)
+    size = q.element_size()
+    return tuning.configs(kernel, architecture, width, size, rows, keys, hooks.cost)
 
 
 # the first configuration that fitted, by all that decides it
@@ -378,7 +378,14 @@ def _run(
     kernel: str, sizes: _Sizes, q: Tensor, v: Tensor, hooks: Hooks,
     plan: Callable[[Config], Sequence[Launch]],
 ) -> None:  # fmt: skip
-    candidates = configs(kernel, sizes.architecture, q, v, hooks, sizes.max_q, sizes.max_k)
+    about = kernel, sizes.architecture, max(q.shape[3], v.shape[3])
+    lengths = sizes.max_q, sizes.max_k
+    candidates = configs(kernel, sizes.architecture, q, v, hooks, *lengths)
+    if tuning.autotunes() and not INTERPRETED:
+        kind = tuning.kind_of(*about, q.dtype, *lengths, hooks.cost)
+        others = tuning.alternatives(*about, q.element_size(), *lengths, hooks.cost)
+        best = tuning.choose(kind, others, plan)
+        candidates = tuple(dict.fromkeys([best, *candidates]))
     key = candidates, hooks
     first = _fitting.get(key, 0)
     used = run_first(plan, candidates[first:])
