@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 # the newest torch that everything here was tested with; `make TORCH="torch>=2.6"` takes another
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check bench static gpu docs
+.PHONY: demo test check bench static aot gpu docs
 
 demo: $(VENV)/.installed
 	$(BIN)/attnvariants demo
@@ -26,6 +26,10 @@ bench: $(VENV)/.installed
 
 static: $(VENV)/.installed
 	$(BIN)/python -m bench.static
+
+# every kernel of every size for every target, half an hour
+aot: $(VENV)/.installed
+	$(BIN)/pytest -n 0 -m aot
 
 # on a machine with a GPU: tests, accuracy and times in under ten minutes
 gpu: $(VENV)/.installed

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnvariants.problem import Problem
+from attnvariants.problem import Problem, with_positive_scale
 from attnvariants.registry import Variant, get_variant
 
 _DTYPES = torch.float16, torch.bfloat16, torch.float32
@@ -69,6 +68,8 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> list
     for name in problem.learned:
         if variant.hooks is not None and not variant.options[name].in_prepare:
             reasons.append(f"{name} is a tensor, and the kernels take it as a number")
+    if problem.packed is not None and problem.packed.cu_q.shape[0] > _GRID:
+        reasons.append(f"there are more than {_GRID - 1} packed sequences")
     if problem.packed is not None and problem.dropout is not None:
         reasons.append("packed sequences take no dropout")
     if problem.packed is not None and problem.options.get("length") == "kv":
@@ -114,11 +115,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Te
     """The output of a prepared call, differentiable."""
     from attnvariants import linear_ops, ops
 
-    # the kernels' scores are a positive multiple of the products
-    if problem.scale < 0:
-        query, problem = -query, replace(problem, scale=-problem.scale)
-    elif problem.scale == 0:
-        query, problem = query * 0, replace(problem, scale=1.0)
+    query, problem = with_positive_scale(query, problem)
     operator = linear_ops.linear if takes_linear(problem) else ops.streaming
     return operator(query, key, value, problem)
 

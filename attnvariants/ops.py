@@ -148,6 +148,7 @@ def _prepared(
     rows = query.shape[:3]
     sequences = query.shape[0] if cu_q is None else cu_q.shape[0] - 1
     exact = torch.get_float32_matmul_precision() == "highest"
+    furthest = rows[2] + key.shape[2] + abs(facts.offset)
     variant, options = _variant_of(facts.variant), _options_of(facts.options)
     shaped = bias is not None or slopes is not None
     case = fused.case_of(query.dtype, query.shape[3], facts.max_k, facts.scale, shaped)
@@ -155,8 +156,9 @@ def _prepared(
         scale=facts.scale,
         softcap=facts.softcap,
         offset=facts.offset,
-        left=None if facts.left < 0 else facts.left,
-        right=None if facts.right < 0 else facts.right,
+        # kernels count in 32 bits
+        left=None if facts.left < 0 else min(facts.left, furthest),
+        right=None if facts.right < 0 else min(facts.right, furthest),
         mask=None if mask is None else mask.view(torch.uint8).expand(*rows, key.shape[2]),
         bias=None if bias is None else bias.expand(*rows, key.shape[2]),
         slopes=None if slopes is None else slopes.expand(sequences, rows[1]),
@@ -251,6 +253,7 @@ def _(grad_out, query, key, value, out, saved, *rest):
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:3], *output, *inputs[3:10])
     ctx.facts = inputs[10:]
+    ctx.variant = _variant_of(inputs[10])
     ctx.set_materialize_grads(False)
 
 
@@ -259,11 +262,13 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Any, ...]
     if grad_out is None:
         return (None,) * 6 + nothing
     needs = ctx.needs_input_grad
+    facts = ctx.facts
+    if _variant_of(facts[0]) is not ctx.variant:
+        # the name went to another variant since
+        facts = (_key_of(ctx.variant), *facts[1:])
     transformed = torch._C._functorch.maybe_current_level() is not None
     operator = _Backward.apply if transformed else streaming_backward
-    dq, dk, dv, dbias, dslopes = operator(
-        grad_out, *ctx.saved_tensors, needs[4], needs[5], *ctx.facts
-    )
+    dq, dk, dv, dbias, dslopes = operator(grad_out, *ctx.saved_tensors, needs[4], needs[5], *facts)
     grads = dq, dk, dv, None, dbias, dslopes
     return (
         *(grad if need else None for grad, need in zip(grads, needs[:6], strict=True)),

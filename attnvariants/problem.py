@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -307,3 +307,12 @@ def block_of(tensor: Tensor, batch: slice, heads: slice, rows: slice, cols: slic
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """float64 for float64 tensors, float32 for all others."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def with_positive_scale(query: Tensor, problem: Problem) -> tuple[Tensor, Problem]:
+    """The same scores as a positive multiple of products, which is all that fused kernels know."""
+    if problem.scale < 0:
+        return -query, replace(problem, scale=-problem.scale)
+    if problem.scale == 0:
+        return query * 0, replace(problem, scale=1.0)
+    return query, problem

@@ -128,7 +128,8 @@ class Option:
             edge = self.above is not None and value <= self.above
             # a comparison, which a symbolic number of a call being compiled has too
             if abs(value) < math.inf and not small and not edge:
-                return value
+                # numpy's float64 is a float too, but does not print as one
+                return float(value) if type(value).__module__ == "numpy" else value
         raise ValueError(f"{owner}'s {name} must be {self.accepts()}, got {value!r}.")
 
     def _check_tensor(self, owner: str, name: str, value: Tensor) -> Tensor:

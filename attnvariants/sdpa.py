@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnvariants.problem import Problem, compute_dtype
+from attnvariants.problem import Problem, compute_dtype, with_positive_scale
 
 FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
@@ -34,6 +34,8 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> list
 
 def attention(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tensor:
     """The output of a prepared call, `[batch, heads, q_len, value_dim]`."""
+    # torch's own hides with -inf before it multiplies
+    query, problem = with_positive_scale(query, problem)
     if _by_flash(query, key, value, problem):
         return _flash(query.to(value.dtype), key.to(value.dtype), value, problem)
     if not key.shape[2]:

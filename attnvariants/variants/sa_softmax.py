@@ -8,7 +8,8 @@
 min and max run over the visible keys. With form "x" weights may be negative; with "minmax0" they
 lie in [0, 1] and a row sums to at most one; a row whose scores are all 0 gets no weight and no
 gradient.
-The gradient flows through min and max unless `detach_minmax`.
+The gradient flows through min and max unless `detach_minmax`; where several keys share one, the
+engines in torch divide it among them and the kernels give it to the first.
 Source: Zheng et al., 2025, arXiv:2502.18277.
 """
 
@@ -150,7 +151,7 @@ def grad(x, unit, cols, dp, saved, delta, n, theta):
 X = Hooks(peak_and_sum, no_sweep, fold_x, finish_x, grad_x, no_delta, proportional=True)
 DETACHED = Hooks(
     start, sweep, fold, finish, grad_detached, no_delta,
-    saves=5, sweeps=1, rescales=False, proportional=True, cost=3,
+    saves=5, sweeps=1, rescales=False, proportional=True, wide=True, cost=3,
 )  # fmt: skip
 MINMAX0 = DETACHED._replace(grad=grad, delta=delta, delta_sweep=True)
 

@@ -44,9 +44,7 @@ VARIANT = Variant(
     hooks=SOFTMAX,
     options={
         "s": Option(1.0, "factor of log n, one per head", learned=True, in_prepare=True),
-        "b": Option(
-            0.0, "offset of the temperature, one per head", learned=True, in_prepare=True
-        ),
+        "b": Option(0.0, "offset of the temperature, one per head", learned=True, in_prepare=True),
     },
     default_learned=("s",),
     presets={"pretrain": lambda train_length: {"s": 1.0}, "retrofit": retrofit},

@@ -33,13 +33,15 @@ def _inert_jit(function: Any = None, **options: Any) -> Any:
 _problem = ""
 try:
     import triton
-    import triton.language as tl
-    from triton.language.target_info import cuda_capability_geq, is_cuda
 
     _version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if not VERSIONS[0] <= _version < VERSIONS[1]:
+    if VERSIONS[0] <= _version < VERSIONS[1]:
+        import triton.language as tl
+        from triton.language.target_info import cuda_capability_geq, is_cuda
+    else:
         _problem = f"{_WANTED} is needed, found {triton.__version__}"
-except ImportError as error:
+# a build that does not match its driver or its libraries raises anything
+except Exception as error:
     _problem = f"{_WANTED} is needed, and it cannot be imported ({error})"
 
 if _problem:

@@ -63,7 +63,7 @@ def _delta_tile(
     return total + tl.sum(term, 1)
 
 
-@jit(do_not_specialize=["heads", "kv_heads", "M", "N", "offset", "total_q"])
+@jit(do_not_specialize=["heads", "kv_heads", "M", "N", "offset", "total_q", "plane"])
 def delta_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, saved_ptr, delta_ptr,
     q_strides, k_strides, v_strides, out_strides, grad_strides,
@@ -152,11 +152,14 @@ def _dq_tile(
         slope_sum -= tl.sum(ds * tl.abs(rows + offset - cols).to(tl.float32), 1)
     if extra.softcap is not None:
         ds = ds * cap_slope
-    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    if OPS.wide and k.dtype == tl.float16:
+        dq = tl.dot(ds, k.to(tl.float32), dq, input_precision="tf32")
+    else:
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq, slope_sum
 
 
-@jit(do_not_specialize=["heads", "kv_heads", "M", "N", "offset", "total_q"])
+@jit(do_not_specialize=["heads", "kv_heads", "M", "N", "offset", "total_q", "plane"])
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, saved_ptr, delta_ptr, dq_ptr, dbias_ptr, dslopes_ptr,
     q_strides, k_strides, v_strides, grad_strides, dq_strides,
@@ -217,9 +220,7 @@ def dq_kernel(
     column = tl.arange(0, BLOCK_DIM)[None, :]
     target = dq_ptr + tl.cast(m0, tl.int64) * dq_strides[2]
     target = target + tl.arange(0, BLOCK_M)[:, None] * dq_strides[2] + column
-    tl.store(
-        target, dq.to(dq_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (column < DIM)
-    )
+    tl.store(target, dq.to(dq_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (column < DIM))
     if SLOPES:
         tl.store(dslopes_ptr + where, slope_sum, mask=rows < M)
 
@@ -248,9 +249,7 @@ def _dkv_tile(
     saved = _load_rows(saved_ptr + base + where, plane, rows < M, OPS.saves, 0, EDGE)
     delta = saved
     if OPS.needs_delta:
-        delta = _load_rows(
-            delta_ptr + base + where, plane, rows < M, 1 + OPS.delta_sweep, 0, EDGE
-        )
+        delta = _load_rows(delta_ptr + base + where, plane, rows < M, 1 + OPS.delta_sweep, 0, EDGE)
     n = 1.0
     if OPS.needs_n:
         n = visible_keys(rows, batch, head, first_q, M, N, offset, extra)[None, :]
@@ -271,7 +270,10 @@ def _dkv_tile(
         ds = tl.where(keep, ds, 0.0)
     if extra.softcap is not None:
         ds = ds * cap_slope
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    if OPS.wide and q.dtype == tl.float16:
+        dk = tl.dot(ds, q.to(tl.float32), dk, input_precision="tf32")
+    else:
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     dv = tl.dot(w.to(g.dtype), g, dv, input_precision=PRECISION)
     return dk, dv
 
@@ -292,7 +294,7 @@ def _listed_tile(place, M, first, BLOCK_M: tl.constexpr):
     return place % rounded, first + place // rounded
 
 
-@jit(do_not_specialize=["heads", "kv_heads", "M", "N", "offset", "total_q"])
+@jit(do_not_specialize=["heads", "kv_heads", "M", "N", "offset", "total_q", "plane"])
 def dkv_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, saved_ptr, delta_ptr, dk_ptr, dv_ptr,
     q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,

@@ -32,9 +32,7 @@ def _sweep_tile(
     k = load_tile(k_ptr, n0, k_stride, N, DIM, BLOCK_N, BLOCK_DIM, EDGE)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     keep = visibility(rows, cols, batch, head, at, extra, False, EDGE)
-    x, unit, _ = shaped_scores(
-        x, scale, rows, cols, batch, head, z, at, keep, extra, OPS, FOLD
-    )
+    x, unit, _ = shaped_scores(x, scale, rows, cols, batch, head, z, at, keep, extra, OPS, FOLD)
     return OPS.sweep(stats, x, unit, keep, cols, n, theta, index)
 
 
@@ -52,9 +50,7 @@ def _fold_tile(
     v = load_tile(v_ptr, n0, v_stride, N, V_DIM, BLOCK_N, BLOCK_V, EDGE)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     keep = visibility(rows, cols, batch, head, at, extra, False, EDGE)
-    x, unit, _ = shaped_scores(
-        x, scale, rows, cols, batch, head, z, at, keep, extra, OPS, FOLD
-    )
+    x, unit, _ = shaped_scores(x, scale, rows, cols, batch, head, z, at, keep, extra, OPS, FOLD)
     stats, w, rescale = OPS.fold(stats, x, unit, keep, cols, n, theta)
     if keep is not None and not OPS.hides:
         w = tl.where(keep, w, 0.0)
@@ -67,7 +63,7 @@ def _fold_tile(
     return stats, acc
 
 
-@jit(do_not_specialize=["heads", "kv_heads", "M", "N", "offset", "total_q"])
+@jit(do_not_specialize=["heads", "kv_heads", "M", "N", "offset", "total_q", "plane"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, saved_ptr, q_strides, k_strides, v_strides, out_strides,
     extra, theta, scale, heads, kv_heads, M, N, offset, total_q, plane,
@@ -146,8 +142,10 @@ def forward_kernel(
     factor, saved = OPS.finish(stats, unit, n, theta)
     acc = acc * factor[:, None]
     width = tl.arange(0, BLOCK_V)[None, :]
-    where = out_ptr + tl.cast(m0, tl.int64) * out_strides[2] + tl.arange(0, BLOCK_M)[:, None] * (
-        out_strides[2]
+    where = (
+        out_ptr
+        + tl.cast(m0, tl.int64) * out_strides[2]
+        + tl.arange(0, BLOCK_M)[:, None] * (out_strides[2])
     )
     tl.store(
         where + width, acc.to(out_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (width < V_DIM)

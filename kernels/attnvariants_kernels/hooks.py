@@ -66,6 +66,8 @@ class Hooks(NamedTuple):
         hides: weights and ds come out as 0 where x = `hidden`, so that the template need not see
             to it.
         proportional: weights grow with x, so float16 needs x = s.
+        wide: ds can leave float16's range where its products do not: they are taken in TF32, whose
+            digits are as many.
         listed: the stats begin with each row's maximum and threshold, which
             `attnvariants_kernels.threshold` finds beforehand and saves, and only the tiles that it
             lists are visited; `start` gives the rest of the stats. `saved` begins with those two
@@ -89,6 +91,7 @@ class Hooks(NamedTuple):
     delta_sweep: bool = False
     hides: bool = False
     proportional: bool = False
+    wide: bool = False
     listed: bool = False
     cost: int = 0
 

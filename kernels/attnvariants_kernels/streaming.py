@@ -328,6 +328,8 @@ def backward(
     """
     q, k, v = _ready(q), _ready(k), _ready(v)
     out, grad_out = _ready(out), _ready(grad_out)
+    # its planes are found by their size alone
+    saved = saved.contiguous()
     sizes = _sizes(q, k, v, call, None)
     shape = q.shape[:3]
 

@@ -143,7 +143,7 @@ def _solve(kept_ptr, tau, size, BLOCK_M: tl.constexpr, KEEP: tl.constexpr):
     return tau
 
 
-@jit(do_not_specialize=["heads", "kv_heads", "M", "N", "offset", "total_q", "width"])
+@jit(do_not_specialize=["heads", "kv_heads", "M", "N", "offset", "total_q", "plane", "width"])
 def solve_kernel(
     q_ptr, k_ptr, saved_ptr, kept_ptr, places_ptr, sweeps_ptr, q_strides, k_strides,
     extra, scale, heads, kv_heads, M, N, offset, total_q, plane, width,
@@ -274,7 +274,7 @@ def _is_active(
     return found
 
 
-@jit(do_not_specialize=["heads", "kv_heads", "M", "N", "offset", "total_q", "width"])
+@jit(do_not_specialize=["heads", "kv_heads", "M", "N", "offset", "total_q", "plane", "width"])
 def list_kernel(
     saved_ptr, places_ptr, counts_ptr, extra, heads, kv_heads, M, N, offset, total_q, plane, width,
     BY_KEY: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,

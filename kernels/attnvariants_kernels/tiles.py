@@ -225,9 +225,7 @@ def shaped_scores(
         cap_slope = 1.0 - t * t
         x = t * extra.softcap
     if extra.slopes is not None:
-        slope = tl.load(
-            extra.slopes + z * extra.slopes_strides[0] + head * extra.slopes_strides[1]
-        )
+        slope = tl.load(extra.slopes + z * extra.slopes_strides[0] + head * extra.slopes_strides[1])
         x = x - slope * tl.abs(rows + offset - cols).to(tl.float32)
     if extra.bias is not None:
         strides = extra.bias_strides
@@ -240,9 +238,7 @@ def shaped_scores(
 
 
 @jit
-def dropout_factors(
-    m0, n0, line, kv_len, drop, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def dropout_factors(m0, n0, line, kv_len, drop, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """[BLOCK_M, BLOCK_N]: 0 where dropped, `factor` where kept.
 
     `line` is the counter's row (batch * heads + head) * q_len + m0; see attnvariants/dropout.py.

@@ -27,7 +27,7 @@ def _row(*blocks: _Blocks) -> tuple[Config, ...]:
 # The largest blocks that leave no register in memory, by `bench.static`: where to look after a
 # change.
 _HOPPER = {
-    (64, "forward"): _row((128, 128, 8, 3)),
+    (64, "forward"): _row((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2)),
     (128, "forward"): _row((128, 128, 8, 3)),
     (256, "forward"): _row((128, 64, 8, 2)),
     (64, "dq"): _row((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
@@ -42,7 +42,7 @@ _BLACKWELL = {
     (256, "dq"): _row((64, 64, 8, 1)),
     # its accumulators are not in registers
     (128, "dkv"): _row((64, 128, 8, 2)),
-    (256, "dkv"): _row((64, 64, 8, 1)),
+    (256, "dkv"): _row((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 2)),
 }
 _AMPERE = {
     (64, "forward"): _row((128, 64, 8, 3)),

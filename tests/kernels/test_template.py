@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from engines import kernels_compile, kernels_run
+from torch_plain import plain_attention
 
 import attnvariants
 from attnvariants import attention, attention_varlen, fused
 from attnvariants.testing import TILED_CASES, conformance
-from engines import kernels_compile, kernels_run
-from torch_plain import plain_attention
 
 VARIANTS = [
     name
