@@ -340,3 +340,12 @@ torch.testing.assert_close(got, run(q))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+@pytest.mark.parametrize("impl", ["auto", "sdpa"])
+def test_scales_of_zero_and_below(scale, impl):
+    q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
+    got = attnvariants.attention(q, k, v, causal=True, scale=scale, impl=impl)
+    want = attnvariants.attention(q, k, v, causal=True, scale=scale, impl="reference")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,7 @@
 """The fused kernels beyond the contract's cells: tiles, widths, precision, repeatability, torch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from engines import kernels_compile, kernels_run
@@ -187,8 +189,54 @@ def test_opcheck(name):
 @kernels_compile
 @pytest.mark.parametrize("kernel", ["forward", "dq", "dkv"])
 def test_a_new_length_compiles_nothing(kernel):
-    def compiled(tokens):
-        launches = fused.shipped("softmax", target="sm_90", head_dim=64, tokens=tokens)
+    def compiled(tokens, heads):
+        launches = fused.shipped(
+            "softmax", target="sm_90", head_dim=64, tokens=tokens, heads=heads, kv_heads=heads
+        )
         return launches[kernel].compile("sm_90").hash
 
-    assert len({compiled(tokens) for tokens in (1024, 1025, 3000, 4096)}) == 1
+    for heads in (3, 16):
+        assert len({compiled(tokens, heads) for tokens in (1024, 1025, 3000, 4096)}) == 1
+
+
+@kernels_run
+def test_a_jacobian_of_one_sequence():
+    q, k, v = (x.detach() for x in leaves(*[(1, 2, 6, 8)] * 3))
+
+    def jacobian(impl):
+        return torch.func.jacrev(lambda q: attention(q, k, v, "softpick", impl=impl).sum(-1))(q)
+
+    torch.testing.assert_close(jacobian("triton"), jacobian("reference"), rtol=1e-5, atol=1e-5)
+
+
+@kernels_run
+def test_a_backward_keeps_the_variant_of_its_forward(monkeypatch):
+    monkeypatch.setattr(attnvariants.registry, "_registered", {})
+    relu, softmax = (
+        replace(attnvariants.get_variant(name), name="") for name in ("relu", "softmax")
+    )
+    tensors = leaves(*[(1, 2, 6, 8)] * 3)
+    attnvariants.register("replaced", relu, replace_existing=True)
+    out = attention(*tensors, "replaced", impl="triton")
+    attnvariants.register("replaced", softmax, replace_existing=True)
+    got = torch.autograd.grad(out.sum(), tensors)
+    for found, expected in zip(got, run(tensors, "relu", impl="triton")[1:], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@kernels_run
+@pytest.mark.parametrize("name", ["softpick", "sa_softmax"])
+def test_float16_gradients_of_small_scores_are_finite(name):
+    tensors = [(0.003 * x.detach()).requires_grad_() for x in leaves(*[(1, 1, 40, 32)] * 3)]
+    tensors = [x.detach().half().requires_grad_() for x in tensors]
+    assert all(torch.isfinite(x).all() for x in run(tensors, name, causal=True, impl="triton"))
+
+
+@kernels_run
+def test_a_window_as_wide_as_an_integer():
+    tensors = leaves(*[(1, 1, 9, 8)] * 3)
+    for window in ((0, 2**31 - 1), (2**31 - 5, 2**31 - 5), (2**40, 2)):
+        got = attention(*tensors, window_size=window, impl="triton")
+        torch.testing.assert_close(
+            got, attention(*tensors, window_size=window, impl="reference"), rtol=1e-5, atol=1e-6
+        )
