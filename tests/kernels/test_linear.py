@@ -332,6 +332,7 @@ SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_53
 
 
 @compiles
+@pytest.mark.aot
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("architecture", SHARED)
