@@ -276,6 +276,17 @@ def test_nan_is_not_swallowed(name, impl):
         q[:, :, 4] = torch.nan
     out = attention(q, k, v, name, impl=impl)
     assert torch.isnan(out[:, :, 4]).all()
+    assert torch.isfinite(out[:, :, [0, 1, 2, 3, 5]]).all()
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nan_of_a_key_reaches_the_queries_that_see_it(name, impl):
+    q, k, v = leaves((1, 1, 6, 4), (1, 1, 6, 4), (1, 1, 6, 4))
+    with torch.no_grad():
+        k[:, :, 4] = torch.nan
+    out = attention(q, k, v, name, causal=True, impl=impl)
+    assert torch.isnan(out[:, :, 4:]).all()
     assert torch.isfinite(out[:, :, :4]).all()
 
 

@@ -93,7 +93,8 @@ def finish(stats, unit, n, theta):
     """What rounding left of the sum's distance from 1 is taken off: by another step of Newton's."""
     m, tau, total, size = stats
     some = size > 0
-    total = tl.where(some, total, 1.0)
+    # tau is NaN where a score was
+    total = tl.where(some, total, 1.0) + tau * 0.0
     size = 1.0 / tl.maximum(size, 1.0)
     return 1.0 / total, (m, (tau + (total - 1.0) * size) * (1.0 - _TIE), size)
 

@@ -61,11 +61,13 @@ def _bound_tile(
     OPS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, EDGE: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    m, bound, total, size = stats
+    m, bound, total, size, sums = stats
     x, unit = _scores(
         q, k_ptr, k_stride, n0, m0, scale, batch, head, z, at, extra, OPS, DIM, BLOCK_DIM,
         BLOCK_M, BLOCK_N, EDGE, FOLD, PRECISION,
     )  # fmt: skip
+    # maxima skip NaN, a sum does not
+    sums += tl.sum(x, 1)
     peak = tl.max(x, 1) * unit
     m = tl.maximum(m, peak)
     bound = tl.maximum(bound, m - 1.0)
@@ -76,7 +78,7 @@ def _bound_tile(
     bound = tl.where(size > 0, tl.maximum(bound, least), bound)
     tl.store(list_ptr, n0)
     found = tl.max((peak >= bound).to(tl.int32), 0)
-    return (m, bound, total, size), kept + found
+    return (m, bound, total, size, sums), kept + found
 
 
 @jit
@@ -179,7 +181,7 @@ def solve_kernel(
     visited = edges + (edge - full) // BLOCK_N
     # rows beyond M never find anything
     bound = tl.where(rows < M, LOWEST, -LOWEST)
-    stats = (zero + LOWEST, bound, zero, zero)
+    stats = (zero + LOWEST, bound, zero, zero, zero)
     listed_edges = M * 0
     for tile in tl.range(0, edges, num_stages=1):
         n0 = edge_tile(tile, start, edge, before, BLOCK_N)
@@ -234,11 +236,13 @@ def solve_kernel(
     where = saved_ptr + (batch * heads + head) * total_q + first_q + rows
     tl.store(where, m, mask=rows < M)
     tl.store(where + plane, tau, mask=rows < M)
-    tl.store(where + 2 * plane, found.to(tl.float32), mask=rows < M)
+    sound = stats[4] == stats[4]
+    tl.store(where + 2 * plane, tl.where(sound, found, -1).to(tl.float32), mask=rows < M)
     tl.debug_barrier()
     tau = tl.load(where + plane, mask=rows < M, other=0.0)
     found = tl.load(where + 2 * plane, mask=rows < M, other=0.0).to(tl.int32)
     tau = _solve(kept_ptr, tau, found, BLOCK_M, KEEP)
+    tau = tl.where(tl.load(where + 2 * plane, mask=rows < M, other=0.0) < 0, float("nan"), tau)
     tl.store(where + plane, tau, mask=rows < M)
     width_of_bit = _bits_each(m0, M, N, BLOCK_M, WIDE)
     words = lines * 0
