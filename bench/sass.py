@@ -129,8 +129,9 @@ def _tool(name, *arguments):
 
 def ptxas_version(target):
     """Version of the assembler that Triton uses for a target such as "sm_90"."""
-    name = "ptxas-blackwell" if int(target[3:]) >= 100 else "ptxas"
-    return re.search(r"V([\d.]+)", _tool(name, "--version"))[1]
+    from triton.backends.nvidia import compiler
+
+    return re.search(r"V([\d.]+)", compiler.get_ptxas_version(int(target[3:])))[1]
 
 
 def read(cubin):
