@@ -27,6 +27,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    position: int | Tensor | None = None,
     dropout_p: float = 0.0,
     generator: torch.Generator | None = None,
     impl: str = "auto",
@@ -57,6 +58,9 @@ def attention(
             arXiv:2108.12409).
         softcap: cap c of the scores; None or 0 is off.
         scale: score multiplier; the default is 1/sqrt(head_dim), or the variant's own.
+        position: where the first query stands among the keys, an integer or an int64 scalar on
+            their device, for variants that read positions (cosformer) and keys with a tail of
+            empty slots that `attn_mask` hides, as a static cache's; the default is kv_len - q_len.
         dropout_p: probability of dropping a weight; kept ones are divided by 1 - p.
         generator: source of the dropout's seed; the mask is the same in every engine.
         impl: "reference" (dense), "chunked" (row blocks, O(tokens) memory, any call on any
@@ -91,6 +95,7 @@ def attention(
         alibi_slopes=alibi_slopes,
         softcap=softcap,
         scale=scale,
+        position=position,
         dropout_p=dropout_p,
         generator=generator,
         return_weights=return_weights,
@@ -121,7 +126,7 @@ def _attention(
             out = engines.run(engine, query, key, value, problem)
             weights, stats = None, None
             if return_weights or return_stats:
-                weights, stats = chunked.weights_and_stats(
+                weights, stats = engines.weights_and_stats(
                     query, key, problem, return_weights, return_stats
                 )
     extra: list[Any] = [weights] if return_weights else []
@@ -141,6 +146,7 @@ def iter_weights(
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    position: int | Tensor | None = None,
     **options: Any,
 ) -> Iterator[chunked.WeightBlock]:
     """The weights of a call block by block, never all at once and without a gradient.
@@ -169,6 +175,7 @@ def iter_weights(
             alibi_slopes=alibi_slopes,
             softcap=softcap,
             scale=scale,
+            position=position,
         )
         query, key = prepare(query, key, problem)
     return chunked.weight_blocks(query, key, problem)

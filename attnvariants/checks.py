@@ -118,6 +118,20 @@ def check_window(window_size: Any) -> tuple[int | None, int | None]:
     return left, right
 
 
+def check_position(position: Any, device: torch.device) -> None:
+    """An integer >= 0, or an int64 scalar tensor."""
+    if isinstance(position, Tensor):
+        if position.dim() or position.dtype != torch.int64 or position.device != device:
+            raise ValueError(
+                f"position must be an integer or an int64 scalar on {device}, got shape "
+                f"{list(position.shape)} of {position.dtype} on {position.device}."
+            )
+        return
+    whole = isinstance(position, (int, torch.SymInt)) and not isinstance(position, bool)
+    if not whole or position < 0:
+        raise ValueError(f"position must be an integer >= 0 or an int64 scalar, got {position!r}.")
+
+
 def check_flag(name: str, value: Any) -> bool:
     """`value` as a bool."""
     if not isinstance(value, bool):

@@ -8,7 +8,7 @@ every variant works from its reference formula alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -166,8 +166,8 @@ def _ready(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tensor:
-    """The output, in the compute dtype."""
+def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tensor:
+    """The output of a prepared call, in the compute dtype and without a gradient."""
     q, k, v = _ready(query), _ready(key), _ready(value)
     batch, heads, q_len = q.shape[:3]
     out = v.new_zeros(batch, heads, q_len, v.shape[-1])
@@ -231,10 +231,44 @@ def _backward(
                     target += grad.sum_to_size(target.shape)
 
 
+def gradients(
+    grad_out: Tensor,
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    problem: Problem,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of query, key, value, bias, slopes and each learned option; None if not needed.
+
+    Args:
+        out: the output in the compute dtype, as `forward` gave it.
+        needs: which of them are wanted.
+    """
+    bias, slopes, learned = problem.bias, problem.slopes, problem.learned
+    of = query, key, value, bias, slopes, *learned.values()
+    grads = [
+        torch.zeros(tensor.shape, dtype=out.dtype, device=tensor.device)
+        if tensor is not None and need
+        else None
+        for tensor, need in zip(of, needs, strict=True)
+    ]
+    dq, dk, dv, dbias, dslopes, *dlearned = grads
+    named = zip(learned, dlearned, strict=True)
+    wanted = {name: grad for name, grad in named if grad is not None}
+    into = _Grads(dq, dk, dv, dbias, dslopes, wanted)
+    _backward(grad_out, out, query, key, value, problem, into)
+    return [
+        grad if grad is None or tensor is None else grad.to(tensor.dtype)
+        for tensor, grad in zip(of, grads, strict=True)
+    ]
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, problem, query, key, value, bias, slopes, *learned):
-        out = _forward(query, key, value, problem)
+        out = forward(query, key, value, problem)
         held = bias, slopes, problem.keep
         ctx.save_for_backward(query, key, value, out, *held, *learned)
         ctx.learned = list(problem.learned)
@@ -247,30 +281,10 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out):
         query, key, value, out, bias, slopes, keep, *learned = ctx.saved_tensors
-        needs, dtype = ctx.needs_input_grad, out.dtype
         options = {**ctx.problem.options, **dict(zip(ctx.learned, learned, strict=True))}
         problem = replace(ctx.problem, options=options, bias=bias, slopes=slopes, keep=keep)
-
-        def zeros(tensor, needed):
-            return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) if needed else None
-
-        wanted = [name for name, need in zip(ctx.learned, needs[6:], strict=True) if need]
-        into = _Grads(
-            zeros(query, needs[1]),
-            zeros(key, needs[2]),
-            zeros(value, needs[3]),
-            zeros(problem.bias, needs[4]),
-            zeros(problem.slopes, needs[5]),
-            {name: zeros(options[name], True) for name in wanted},
-        )
-        _backward(grad_out, out, query, key, value, problem, into)
-        tensors = query, key, value, problem.bias, problem.slopes
-        grads = into.query, into.key, into.value, into.bias, into.slopes
-        return (
-            None,
-            *(g if g is None else g.to(t.dtype) for t, g in zip(tensors, grads, strict=True)),
-            *(into.learned.get(name) for name in ctx.learned),
-        )
+        needs = ctx.needs_input_grad[1:]
+        return None, *gradients(grad_out, out, query, key, value, problem, needs)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # batching registers the operators' vmap rules
-from attnvariants import batching, chunked, fused, sdpa  # noqa: F401
-from attnvariants.problem import Problem
+from attnvariants import batching, chunked, chunked_ops, fused, sdpa  # noqa: F401
+from attnvariants.problem import Problem, RowStats
 from attnvariants.registry import suggest
 
 ENGINES = ("auto", "reference", "chunked", "triton", "sdpa")
@@ -102,10 +103,24 @@ def reasons_of(
 def run(engine: str, query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tensor:
     """The output of a prepared call by an engine other than "reference"."""
     if engine == "chunked":
-        return chunked.attention(query, key, value, problem)
+        return _chunked().attention(query, key, value, problem)
     if engine == "sdpa":
         return sdpa.attention(query, key, value, problem)
     return fused.attention(query, key, value, problem)
+
+
+def weights_and_stats(
+    query: Tensor, key: Tensor, problem: Problem, want_weights: bool, want_stats: bool
+) -> tuple[Tensor | None, RowStats | None]:
+    """Dense weights as applied and row statistics of a prepared call, without a gradient."""
+    return _chunked().weights_and_stats(query, key, problem, want_weights, want_stats)
+
+
+def _chunked() -> Any:
+    """The chunked engine, as operators where a call is traced."""
+    # torch.func differentiates no custom operator
+    transformed = torch._C._functorch.maybe_current_level() is not None
+    return chunked_ops if torch.compiler.is_compiling() and not transformed else chunked
 
 
 def against_triton(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> list[str]:

@@ -72,6 +72,8 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> list
         reasons.append(f"there are more than {_GRID - 1} packed sequences")
     if problem.packed is not None and problem.dropout is not None:
         reasons.append("packed sequences take no dropout")
+    if problem.position is not None and problem.options.get("length") == "kv":
+        reasons.append("length='kv' counts the keys that are not empty slots, which are not read")
     if problem.packed is not None and problem.options.get("length") == "kv":
         reasons.append("length='kv' divides each packed sequence by its own length")
     return reasons

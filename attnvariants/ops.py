@@ -116,8 +116,11 @@ def _options_of(literal: str) -> dict[str, Any]:
 
 
 def _key_of(variant: Variant) -> str:
-    if is_registered(variant):
-        return variant.name
+    return variant.name if is_registered(variant) else _key_of_unregistered(variant)
+
+
+@constant_when_compiled
+def _key_of_unregistered(variant: Variant) -> str:
     key = f"<{id(variant)}>"
     _unregistered[key] = variant
     return key

@@ -41,6 +41,10 @@ class Problem:
     Of packed sequences the call is [1, heads, tokens, ...], `packed` holds the boundaries,
     `geometry` is that of the longest sequences (its offset means nothing: each is aligned bottom
     right by itself), and `slopes` is [sequences or 1, heads]. Only engine "triton" takes them.
+
+    `position` is where the first query stands among the keys, a number or an int64 scalar, for
+    variants that read positions; None is where `geometry` has it. The two differ where the keys
+    have a tail of empty slots that `keep` hides, as those of a static cache.
     """
 
     variant: Variant
@@ -55,6 +59,7 @@ class Problem:
     slopes: Tensor | None = None
     dropout: Dropout | None = None
     packed: Packed | None = None
+    position: int | Tensor | None = None
     # what is found out once and on demand; copies of a problem share it
     memo: dict[Any, Any] = field(default_factory=dict, compare=False)
 
@@ -131,7 +136,10 @@ class Problem:
 
     def _rows(self, visible: Tensor) -> Rows:
         geometry = self.geometry
-        return Rows(visible, geometry.q_len, geometry.kv_len, geometry.offset, self.packed)
+        rows = Rows(visible, geometry.q_len, geometry.kv_len, geometry.offset, self.packed)
+        if self.position is None:
+            return rows
+        return rows._replace(kv_len=self.position + geometry.q_len, offset=self.position)
 
 
 def build(
@@ -153,11 +161,12 @@ def build(
     offset: int | None = None,
     seed: int | None = None,
     packed: Packed | None = None,
+    position: int | Tensor | None = None,
 ) -> Problem:
     """Validate a call.
 
     `offset` is the alignment of `Geometry`, bottom-right if None; `seed` that of the dropout, drawn
-    if None. Of packed sequences the three are [1, heads, tokens, ...].
+    if None; `position` as in `Problem`. Of packed sequences the three are [1, heads, tokens, ...].
 
     Raises:
         ValueError: an argument is out of the contract, or means nothing for the variant.
@@ -179,6 +188,13 @@ def build(
     if alibi_slopes is not None:
         several = batch if packed is None else packed.cu_q.shape[0] - 1
         slopes = checks.check_slopes(alibi_slopes, several, heads, device).to(dtype)
+    if position is not None:
+        checks.check_position(position, device)
+        if not geometry.unlimited or slopes is not None or packed is not None:
+            raise ValueError(
+                "position goes with attn_mask alone: causal, window_size and alibi_slopes align "
+                "the last query with the last key; put them into the mask, or cut the keys."
+            )
     cap = 0.0 if softcap is None else checks.check_number("softcap", softcap, low=0.0)
     if scale is None:
         scale = head_dim**-0.5 if variant.scale is None else variant.scale
@@ -215,6 +231,7 @@ def build(
         slopes=slopes,
         dropout=dropout,
         packed=packed,
+        position=position,
     )
     if variant.check is not None:
         variant.check(problem.all_rows(dtype), problem.options, scale)

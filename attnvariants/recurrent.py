@@ -129,7 +129,9 @@ def prefill(
     return out, state
 
 
-def step(query: Tensor, key: Tensor, value: Tensor, state: State) -> tuple[Tensor, State]:
+def step(
+    query: Tensor, key: Tensor, value: Tensor, state: State, *, key_mask: Tensor | None = None
+) -> tuple[Tensor, State]:
     """Attention of the next token, or tokens, and the state behind them.
 
     Args:
@@ -137,6 +139,7 @@ def step(query: Tensor, key: Tensor, value: Tensor, state: State) -> tuple[Tenso
         key: `[batch, kv_heads, tokens, head_dim]`.
         value: `[batch, kv_heads, tokens, value_dim]`.
         state: behind all earlier tokens; left as it is.
+        key_mask: bool `[batch, tokens]`, as `prefill`'s, of these tokens.
 
     Returns:
         `[batch, heads, tokens, value_dim]` in value's dtype, and the `State` behind them.
@@ -158,6 +161,9 @@ def step(query: Tensor, key: Tensor, value: Tensor, state: State) -> tuple[Tenso
                 visible.view(1, 1, -1, 1), tokens, stop, state.position, first_key=state.position
             )
             query, key = variant.prepare(query.to(dtype), key.to(dtype), rows, **state.options)
+        if key_mask is not None:
+            shown = _padding(key_mask, key)[..., None].squeeze(2)
+            key, value = key.where(shown, 0.0), value.where(shown, 0.0)
         out, memory, total = _advance(query, key, value, state.memory, state.total, state)
     return out, state._replace(memory=memory, total=total, position=stop)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnvariants.problem import Problem, RowStats, compute_dtype
+from attnvariants.registry import Rows, Variant
 
 
 def weights(query: Tensor, key: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,15 +33,28 @@ def weights(query: Tensor, key: Tensor, problem: Problem) -> tuple[Tensor, Tenso
     keep = keep.expand(scores.shape)
     if scores.numel() == 0:
         return scores, scores, keep
-    blind = (problem.visible == 0).unsqueeze(-1)
-    shown = scores.masked_fill(~keep, problem.hidden).masked_fill(blind, 0.0)
-
     rows = problem.rows(slice(0, batch), slice(0, heads), everything[0], scores.dtype)
-    numerator, denominator = problem.variant.ratio(shown, rows, **problem.options)
+    return row_weights(scores, keep, rows, problem.variant, problem.options), scores, keep
+
+
+def row_weights(
+    scores: Tensor, keep: Tensor, rows: Rows, variant: Variant, options: Mapping[str, Any]
+) -> Tensor:
+    """What the variant makes of rows of scores: 0 for hidden keys and in rows that see none.
+
+    Args:
+        scores: `[batch, heads, rows, keys]`, float32 or float64, anything where keys are hidden.
+        keep: bool, of the same shape, True where a key is visible.
+        rows: what the variant may know about the rows.
+        options: all options of the variant, learned ones as in `Problem`.
+    """
+    hidden = variant.hidden_score(options)
+    shown = scores.masked_fill(~keep, hidden).masked_fill(rows.visible == 0, 0.0)
+    numerator, denominator = variant.ratio(shown, rows, **options)
     if denominator is not None:
         empty = denominator == 0
         numerator = numerator.masked_fill(empty, 0.0) / denominator.masked_fill(empty, 1.0)
-    return numerator.masked_fill(~keep, 0.0), scores, keep
+    return numerator.masked_fill(~keep, 0.0)
 
 
 def attention(

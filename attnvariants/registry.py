@@ -29,6 +29,7 @@ CALL_ARGUMENTS = (
     "alibi_slopes",
     "softcap",
     "scale",
+    "position",
     "dropout_p",
     "generator",
     "impl",
@@ -43,8 +44,9 @@ class Rows(NamedTuple):
     Attributes:
         visible: `[batch or 1, heads or 1, rows, 1]`, float: n, the number of keys each row sees.
         q_len: number of queries of the whole call.
-        kv_len: number of keys of the whole call.
-        offset: row i of the call stands at position `i + offset` among the keys.
+        kv_len: number of keys of the whole call, up to where the last query stands.
+        offset: row i of the call stands at position `i + offset` among the keys. It and kv_len are
+            int64 scalars where the keys end in a tail of empty slots, as a static cache's.
         packed: None, or the sequences that a call of packed ones holds; then `q_len` and `kv_len`
             are those of the longest and `offset` has no meaning.
         first_key: where the first of the keys at hand stands; not 0 where a state stands for those
@@ -53,18 +55,22 @@ class Rows(NamedTuple):
 
     visible: Tensor
     q_len: int
-    kv_len: int
-    offset: int
+    kv_len: int | Tensor
+    offset: int | Tensor
     packed: Packed | None = None
     first_key: int = 0
 
     def positions(self, query: Tensor, key: Tensor) -> tuple[tuple[Tensor, Any], ...]:
         """Of all queries and of all keys: where each stands, int64 `[tokens]`, and the greater of
-        its sequence's two lengths, at least 1: a number, or `[tokens]` where packed.
+        its sequence's two lengths, at least 1: a number or scalar, or `[tokens]` where packed.
         """
         if self.packed is not None:
             return self.packed.positions(query.shape[-2], key.shape[-2])
-        longest = max(self.q_len, self.kv_len, 1)
+        longest: Any = max(self.q_len, 1)
+        if isinstance(self.kv_len, Tensor):
+            longest = self.kv_len.clamp(min=longest)
+        else:
+            longest = max(longest, self.kv_len)
         of_queries = torch.arange(query.shape[-2], device=query.device) + self.offset
         of_keys = torch.arange(key.shape[-2], device=key.device) + self.first_key
         return (of_queries, longest), (of_keys, longest)
@@ -168,6 +174,8 @@ class Variant:
             exp2, because the engine folds it into the scale.
         prepare: `prepare(query, key, rows, **options) -> (query, key)`, differentiable, before
             the product of the two (temperatures, norms, feature maps).
+        row_temperature: whether all that `prepare` does is to multiply each query by a number of
+            its row; where only scores are at hand it is given them in place of the query.
         scale: default score multiplier; None means 1/sqrt(head_dim). A variant with its own scale
             is not given a model's.
         refuses: call features the variant has no meaning for, with the reason.
@@ -194,6 +202,7 @@ class Variant:
     fused: Ratio | None = None
     fused_unit: float = 1.0
     prepare: Callable[..., tuple[Tensor, Tensor]] | None = None
+    row_temperature: bool = False
     scale: float | None = None
     refuses: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[Rows, Mapping[str, Any], float], None] | None = None

@@ -63,8 +63,11 @@ HOOKS = Hooks(
 def check(rows, options, scale):
     if scale < 0:
         raise ValueError(f"cosformer's scale must be >= 0 to keep its weights so, got {scale:g}.")
-    longest, max_len = max(rows.q_len, rows.kv_len), options["max_len"]
-    if max_len is not None and longest > max_len:
+    max_len = options["max_len"]
+    if max_len is None or isinstance(rows.kv_len, torch.Tensor):
+        return
+    longest = max(rows.q_len, rows.kv_len)
+    if longest > max_len:
         raise ValueError(
             f"cosformer's max_len is {max_len} and the call has {longest} positions; beyond "
             f"max_len the cosine turns negative, so pass max_len >= {longest}."

@@ -41,7 +41,9 @@ def length_power(rows, length, power):
     if length == "visible":
         return rows.visible.clamp(min=1) ** power
     size = rows.kv_len if length == "kv" else length
-    return rows.visible.new_full((), float(size)) ** power
+    if not isinstance(size, torch.Tensor):
+        size = rows.visible.new_full((), float(size))
+    return size.to(rows.visible.dtype) ** power
 
 
 def ratio(scores, rows, *, act, length, power):

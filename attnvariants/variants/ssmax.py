@@ -39,6 +39,7 @@ VARIANT = Variant(
     fused=fused,
     fused_unit=LOG2E,
     prepare=prepare,
+    row_temperature=True,
     row_sum="one",
     softmax_scores=True,
     hooks=SOFTMAX,
