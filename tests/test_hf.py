@@ -9,7 +9,7 @@ import torch
 
 import attnvariants
 from attnvariants import list_variants, patch
-from attnvariants.hf.find import dispatches
+from attnvariants.hf.source import dispatches
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()

@@ -8,7 +8,7 @@ from tiny import SMALL
 
 import attnvariants
 from attnvariants import patch, unpatch
-from attnvariants.hf.find import dispatches
+from attnvariants.hf.source import dispatches
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -125,6 +125,7 @@ def test_save_reload_patch_load(tmp_path):
             "impl": "auto",
             "options": {},
             "learned": ["s"],
+            "initial": {"s": 1.0},
             "modules": ["model.layers.0.self_attn", "model.layers.1.self_attn"],
         }
     ]

@@ -1,6 +1,8 @@
 """What `patch` refuses: a sentence each, and the model as it was."""
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from torch import nn
 
 import attnvariants
 from attnvariants import patch, unpatch
-from attnvariants.hf import dispatch, masks
+from attnvariants.hf import dispatch, find, masks
+from attnvariants.hf import eager as eager_file
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -207,6 +210,46 @@ def test_forward_overridden_by_a_subclass(llama):
             patch(llama, "softpick", layers=layers)
 
 
+def test_forward_replaced_in_the_class(llama, monkeypatch):
+    cls = type(llama.model.layers[0].self_attn)
+
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states, None
+
+    foreign = types.FunctionType(forward.__code__, {"__name__": "sloth.models.llama"})
+    monkeypatch.setattr(cls, "forward", foreign)
+    before = state(llama)
+    with pytest.raises(ValueError, match=r"class was replaced \(by sloth\.models\.llama\); undo"):
+        patch(llama, "softpick")
+    assert state(llama) == before
+    monkeypatch.undo()
+    modeling = sys.modules[cls.__module__]
+    monkeypatch.setattr(modeling, "eager_attention_forward", foreign)
+    with pytest.raises(ValueError, match="sloth"):
+        patch(llama, "softpick")
+    monkeypatch.undo()
+    patch(llama, "softpick")
+
+
+def test_eager_attention_that_reads_what_is_not_known(llama, monkeypatch):
+    module = llama.model.layers[0].self_attn
+    cls = type(module)
+    eager = sys.modules[cls.__module__].eager_attention_forward
+
+    def odd_eager(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+        scale = scaling * module.temperature + kwargs.get("boost", 0) + kwargs["lift"]
+        return eager(module, query, key, value, attention_mask, scale, dropout)
+
+    monkeypatch.setitem(odd_eager.__globals__, "eager", eager)
+    monkeypatch.setattr(sys.modules[cls.__module__], "eager_attention_forward", odd_eager)
+    monkeypatch.setattr(find, "replaced_by", lambda cls: "")
+    with pytest.raises(ValueError, match="reads boost, lift, which this package does not know"):
+        patch(llama, "softpick")
+    module.temperature = 2.0
+    with pytest.raises(ValueError, match=r"reads boost, lift, self\.temperature"):
+        patch(llama, "softpick", layers=[0])
+
+
 def test_features_the_variant_cannot_mean():
     torch.manual_seed(0)
     model = make("Gemma2", **SMALL, head_dim=8, attn_implementation="eager")
@@ -250,7 +293,7 @@ def call(llama, q_len=4, kv_len=4, heads=4, mask=None, **kwargs):
     return query, key, value, out.transpose(1, 2)
 
 
-@pytest.mark.parametrize("name", sorted(dispatch.UNSUPPORTED))
+@pytest.mark.parametrize("name", sorted(eager_file.UNSUPPORTED))
 def test_arguments_that_change_the_numbers(llama, name):
     patch(llama, "softpick")
     with pytest.raises(ValueError, match=f"passes {name}"):
@@ -282,6 +325,13 @@ def test_no_mask_aligns_to_the_upper_left_as_a_static_cache_needs(llama):
     torch.testing.assert_close(call(llama, 1, 7)[3], step)
 
 
+def test_no_mask_hides_nothing_where_attention_was_eager(llama):
+    llama.set_attn_implementation("eager")
+    patch(llama, "softmax", layers=[0])
+    query, key, value, out = call(llama, 4, 7)
+    torch.testing.assert_close(out, attnvariants.attention(query, key, value, scale=0.3))
+
+
 def test_more_queries_than_keys_align_to_the_upper_left(llama):
     patch(llama, "softmax")
     query, key, value, out = call(llama, 6, 4)
@@ -297,6 +347,15 @@ def test_one_row_of_queries_serves_a_batch(llama):
     module = llama.model.layers[0].self_attn
     out, _ = dispatch.attention_forward(module, query, key, value, is_causal=False)
     expected = attnvariants.attention(query.expand(5, -1, -1, -1), key, value)
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+
+
+def test_values_may_have_more_heads_than_keys(llama):
+    patch(llama, "softmax")
+    query, key, value = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 4, 6, 8)
+    module = llama.model.layers[0].self_attn
+    out, _ = dispatch.attention_forward(module, query, key, value, is_causal=False)
+    expected = attnvariants.attention(query, key.repeat_interleave(2, 1), value)
     torch.testing.assert_close(out.transpose(1, 2), expected)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnvariants.hf.find import Target, forward_source
+from attnvariants.hf.find import Target, passes
 from attnvariants.hf.holder import AttnVariant
+from attnvariants.hf.sinks import why_not
 from attnvariants.registry import Variant, get_variant, list_variants
+
+# Names of modules whose queries and keys come from different sequences.
+_CROSSES = re.compile(r"encoder_attn|cross_?att|encdec|enc_dec", re.I)
 
 
 @dataclass(frozen=True)
@@ -105,14 +110,16 @@ def build_holder(target: Target, request: Request, impl: str, trainable: bool) -
         values.update(variant.presets[request.preset](_length(target, request)))
     values.update({name: options.pop(name) for name in variant.learned if name in options})
     variant.resolve({**options, **values})
-    learned = _learned(target, variant, values)
-    return AttnVariant(variant.name, impl, options, learned, trainable)
+    learned, device = _learned(target, variant, values)
+    return AttnVariant(variant.name, impl, options, learned, trainable, device)
 
 
-def _learned(target: Target, variant: Variant, values: dict[str, Any]) -> dict[str, Tensor]:
-    """Initial `[heads]` tensors in the dtype and on the device of the module's parameters."""
+def _learned(
+    target: Target, variant: Variant, values: dict[str, Any]
+) -> tuple[dict[str, Tensor], torch.device | None]:
+    """Initial `[heads]` tensors in the dtype of the module's parameters, and their device."""
     if not values:
-        return {}
+        return {}, None
     heads = target.heads
     if heads is None:
         raise ValueError(
@@ -128,17 +135,18 @@ def _learned(target: Target, variant: Variant, values: dict[str, Any]) -> dict[s
         )
     learned = {}
     for name, value in values.items():
-        tensor = torch.as_tensor(value).detach()
+        given = isinstance(value, Tensor)
+        tensor = value.detach() if given else torch.tensor(value, device="cpu")
         if tensor.numel() not in (1, heads):
             raise ValueError(
                 f"{variant.name}'s {name} must be a number or [{heads}] values, one for each head "
                 f"of {target.name}, got shape {list(tensor.shape)}."
             )
-        tensor = tensor.to(dtype=dtype, device=device).reshape(-1).expand(heads).clone()
-        if not (tensor.is_meta or bool(torch.isfinite(tensor).all())):
+        tensor = tensor.to(dtype=dtype, device="cpu").reshape(-1).expand(heads).clone()
+        if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{variant.name}'s {name} does not fit into {dtype}: {value}.")
         learned[name] = tensor
-    return learned
+    return learned, device
 
 
 def _offloaded(target: Target) -> bool:
@@ -158,18 +166,27 @@ def _length(target: Target, request: Request) -> int:
 
 
 def _check_features(target: Target, variant: Variant) -> None:
-    source = forward_source(type(target.module))
-    used = []
-    for argument, feature in (("softcap", "softcap"), ("position_bias", "bias")):
-        if f"{argument}=" not in source or feature not in variant.refuses:
-            continue
-        if feature == "bias" or _cap(target):
-            used.append(feature)
-    for feature in used:
+    module = target.module
+    where = f"{type(module).__name__} ({target.name})"
+    biased = passes(module, "position_bias")
+    if "max_len" in variant.options and _CROSSES.search(target.name):
         raise ValueError(
-            f"{variant.name} cannot replace the attention of {type(target.module).__name__} "
-            f"({target.name}), which uses a {feature}: {variant.refuses[feature]}."
+            f"{variant.name} cannot replace the attention of {where}, between two sequences: it "
+            "weighs by distance, which they have none of; patch the other layers, with layers=."
         )
+    for used, feature in (
+        (passes(module, "softcap") and _cap(target), "softcap"),
+        (biased, "bias"),
+    ):
+        if used and feature in variant.refuses:
+            raise ValueError(
+                f"{variant.name} cannot replace the attention of {where}, which uses a {feature}: "
+                f"{variant.refuses[feature]}."
+            )
+    if passes(module, "s_aux") or passes(module, "sinks"):
+        reason = why_not(variant, biased)
+        if reason:
+            raise ValueError(f"{variant.name} cannot replace the attention of {where}: {reason}.")
 
 
 def _cap(target: Target) -> bool:

@@ -7,7 +7,6 @@ Layouts: transformers hands over query `[batch, heads, q_len, head_dim]`, key an
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,24 +15,18 @@ from torch import Tensor, nn
 
 import attnvariants
 from attnvariants.hf import masks
-from attnvariants.hf.find import own_forward, source_of
+from attnvariants.hf.eager import UNSUPPORTED, eager_of
 from attnvariants.hf.holder import CHILD
-from attnvariants.registry import Variant
+from attnvariants.hf.lazy import LazyMask, View, to_float
+from attnvariants.hf.sinks import attention_with_sinks
+from attnvariants.hf.sparse import picked
 
 PREVIOUS = "_attn_previous"
-# Arguments that change the numbers and that no variant has a meaning for.
-UNSUPPORTED = {
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
-    "indices": "sparse key indices",
-    "block_indices": "sparse block indices",
-    "head_mask": "a head mask",
-    "cache": "a paged cache (continuous batching)",
-    "block_table": "a paged cache (continuous batching)",
-}
-
+# Attribute of the keys that a `RecurrentCache` hands out: the layer that attends with its state.
+RECURRENT = "_attn_recurrent"
 # Called after each call of a patched module with (module, query, key, output, call): the output is
-# [batch, heads, q_len, value_dim], `call` the keyword arguments of `api.iter_weights`.
+# [batch, heads, q_len, value_dim], `call` the keyword arguments of `api.iter_weights`, and the
+# learned "sinks" if the module has any.
 observers: list[Callable[..., None]] = []
 
 _collector: Any = None
@@ -52,7 +45,8 @@ def attention_forward(
     """Attention of a patched module by its variant, of any other by its previous operator.
 
     A mask tensor is the truth about what is visible; windows named in `kwargs` are hints that it
-    already holds. Without a mask, causality is the argument's, else the module's.
+    already holds. Without a mask, causality is the argument's, else the module's, as in sdpa
+    attention; there is none if the module's attention was eager.
 
     Returns:
         `[batch, q_len, heads, value_dim]`, and the weights if `output_attentions` is passed.
@@ -60,49 +54,58 @@ def attention_forward(
     Raises:
         ValueError: the model passes something that changes the numbers and has no meaning here.
     """
+    attention_mask = picked(module, query, key, attention_mask, kwargs)
     holder = getattr(module, CHILD, None)
     if holder is None:
         kwargs.update(scaling=scaling, dropout=dropout)
         return previous_forward(module, query, key, value, attention_mask, kwargs)
-    for name, meaning in UNSUPPORTED.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{type(module).__name__} passes {name}, {meaning}, which attention variants "
-                "cannot honour; unpatch the layer."
-            )
+    _refuse_unknown(type(module), kwargs)
     spec = holder(query)
     variant = attnvariants.get_variant(spec.variant)
     bias = kwargs.get("position_bias")
     if query.shape[0] == 1 and key.shape[0] > 1:
         query = query.expand(key.shape[0], -1, -1, -1)
-    keep, causal = _visible(module, query, key, attention_mask, kwargs)
-    kv_len = query.shape[2] if causal else _used_keys(variant, query, key, keep)
-    if kv_len < key.shape[2]:
-        key, value = key[:, :, :kv_len], value[:, :, :kv_len]
-        keep, bias = _crop(keep, kv_len), _crop(bias, kv_len)
+    if key.shape[1] != value.shape[1]:
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    want_weights = _wants_weights(kwargs)
+    layer = None if torch.compiler.is_compiling() else getattr(key, RECURRENT, None)
+    if layer is not None:
+        asked = {"output_attentions": want_weights, "diagnostics": observers, "dropout": dropout}
+        asked |= {"bias": bias is not None, "softcap": kwargs.get("softcap")}
+        scale = None if variant.own_scale else scaling
+        out = layer.attend(query, key, value, attention_mask, spec, scale, asked)
+        return out.transpose(1, 2).contiguous(), None
+    sinks = kwargs.get("s_aux") if kwargs.get("sinks") is None else kwargs["sinks"]
+    plain = bias is None and sinks is None and not want_weights and not observers
+    view = _visible(module, query, key, attention_mask, kwargs, plain)
+    if view.keys < key.shape[2]:
+        # the slots of a static cache behind the queries are empty
+        key, value = key[:, :, : view.keys], value[:, :, : view.keys]
+        bias = _crop(bias, view.keys)
+    keep = view.keep
     if keep is not None and keep.is_floating_point() and keep.requires_grad:
         # A learned additive mask (Swin's relative positions): only `bias` has a gradient.
         bias = keep if bias is None else bias + keep
         keep = keep.detach() > torch.finfo(keep.dtype).min / 2
-    want_weights = _wants_weights(kwargs)
     call = {
         "variant": spec.variant,
         "attn_mask": keep,
         "bias": bias,
-        "causal": causal,
+        "causal": view.causal,
+        "window_size": view.window,
         "softcap": kwargs.get("softcap"),
         "scale": None if variant.own_scale else scaling,
+        "position": _position(query, key, keep) if view.read else None,
         **spec.options,
     }
-    result = attnvariants.attention(
-        query,
-        key,
-        value,
-        dropout_p=dropout,
-        impl=spec.impl,
-        return_weights=want_weights,
-        **call,
-    )
+    if view.documents is not None:
+        return _packed(query, key, value, view.documents, dropout, spec.impl, call), None
+    run = {"dropout_p": dropout, "impl": spec.impl, "return_weights": want_weights}
+    if sinks is None:
+        result = attnvariants.attention(query, key, value, **run, **call)
+    else:
+        result = attention_with_sinks(query, key, value, sinks, **run, **call)
+        call["sinks"] = sinks
     out, weights = result if want_weights else (result, None)
     for observe in observers:
         observe(module, query, key, out, call)
@@ -123,11 +126,18 @@ def previous_forward(
     previous operator on record and gets the eager one of its own file, which is always exact.
     """
     forward, form = getattr(module, PREVIOUS, None) or (eager_of(type(module)), "float")
-    if form == "float":
-        if mask is None and query.shape[2] > 1 and masks.is_causal(module, kwargs):
+    if isinstance(mask, LazyMask):
+        mask = mask.as_asked(form)
+    elif form == "float":
+        if (
+            not hasattr(module, PREVIOUS)
+            and mask is None
+            and query.shape[2] > 1
+            and masks.is_causal(module, kwargs)
+        ):
             mask = masks.causal_keep(query.shape[2], key.shape[2], query.device)
         if mask is not None and mask.dtype == torch.bool:
-            mask = masks.to_float(mask, query.dtype)
+            mask = to_float(mask, query.dtype)
     return forward(module, query, key, value, mask, **kwargs)
 
 
@@ -153,28 +163,34 @@ def previous_of(module: nn.Module, implementation: str) -> tuple[Callable[..., A
     return ALL_ATTENTION_FUNCTIONS[implementation], form
 
 
-def eager_of(cls: type[nn.Module]) -> Callable[..., Any]:
-    """The eager attention function that the forward of the class falls back to.
-
-    Raises:
-        ValueError: the file of the class has none.
-    """
-    function = own_forward(cls)
-    named = re.search(r"\b(\w*eager_attention_forward)\b", source_of(function))
-    for name in (named[1] if named else "", "eager_attention_forward"):
-        if name in function.__globals__:
-            return function.__globals__[name]
-    raise ValueError(
-        f"{cls.__module__} has no eager_attention_forward; call "
-        "model.set_attn_implementation('sdpa') before patching."
-    )
+def _refuse_unknown(cls: type[nn.Module], kwargs: dict[str, Any]) -> None:
+    """Raise if the call passes something that changes the numbers and has no meaning here."""
+    for name, meaning in UNSUPPORTED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{cls.__name__} passes {name}, {meaning}, which attention variants cannot "
+                "honour; unpatch the layer."
+            )
 
 
 def _visible(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
-) -> tuple[Tensor | None, bool]:
-    """The mask as `attention` takes it, and whether the call is causal besides."""
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | LazyMask | None,
+    kwargs: dict[str, Any],
+    plain: bool,
+) -> View:
+    """What the call may see; documents are only given if it is plain, else they are in the mask."""
     q_len, kv_len = query.shape[2], key.shape[2]
+    if isinstance(mask, LazyMask):
+        view = mask.view(q_len, kv_len)
+        plain = plain and mask.batch == query.shape[0]
+        if view is not None and _is_packed(view, kv_len, kwargs):
+            return _documents(query, view, kwargs, plain)
+        if view is not None and (view.documents is None or plain):
+            return view
+        mask = mask.tensor()
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dim() != 4:
             shape = list(getattr(mask, "shape", ()))
@@ -184,19 +200,63 @@ def _visible(
             )
         if not mask.is_floating_point() and mask.dtype != torch.bool:
             mask = mask != 0
-        return _crop(mask, kv_len), False
+        return View(kv_len, False, None, _crop(mask, kv_len), read=True)
     causal = masks.is_causal(module, kwargs)
-    cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
-    if cu_q is not None and cu_k is not None:
-        if query.shape[0] != 1:
-            raise ValueError(
-                f"cu_seq_lens_q describes a packed batch of one row, got {query.shape[0]} rows; "
-                "pass an attention mask instead."
-            )
-        return masks.document_keep(cu_q, cu_k, q_len, kv_len, causal), False
+    view = View(kv_len, causal, None, None)
+    if _is_packed(view, kv_len, kwargs):
+        return _documents(query, view, kwargs, plain)
+    # eager attention sees everything then, whatever its module says
+    causal = causal and getattr(module, PREVIOUS, (None, ""))[1] != "float"
     if causal and q_len > kv_len:
-        return masks.causal_keep(q_len, kv_len, query.device), False
-    return None, causal and q_len > 1
+        return View(kv_len, False, None, masks.causal_keep(q_len, kv_len, query.device))
+    causal = causal and q_len > 1
+    return View(q_len if causal else kv_len, causal, None, None)
+
+
+def _is_packed(view: View, kv_len: int, kwargs: dict[str, Any]) -> bool:
+    """Whether the call says where documents begin and its mask does not."""
+    if kwargs.get("cu_seq_lens_q") is None or kwargs.get("cu_seq_lens_k") is None:
+        return False
+    return view.documents is None and view.keep is None and view.keys == kv_len
+
+
+def _documents(query: Tensor, view: View, kwargs: dict[str, Any], plain: bool) -> View:
+    """The view, of documents that begin where the call says."""
+    bounds = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
+    if query.shape[0] != 1:
+        raise ValueError(
+            f"cu_seq_lens_q describes a packed batch of one row, got {query.shape[0]} rows; pass "
+            "an attention mask instead."
+        )
+    if plain and not torch.compiler.is_compiling():
+        return view._replace(documents=bounds)
+    keep = masks.document_keep(*bounds, query.shape[2], view.keys, view.causal)
+    return view._replace(causal=False, keep=keep)
+
+
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    dropout: float,
+    impl: str,
+    call: dict[str, Any],
+) -> Tensor:
+    """Attention of documents one after another, `[batch, q_len, heads, value_dim]`."""
+    call = {k: v for k, v in call.items() if k not in ("attn_mask", "bias", "position")}
+    rows = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
+    out = attnvariants.attention_varlen(
+        rows[0],
+        rows[1],
+        rows[2],
+        bounds[0],
+        bounds[1],
+        dropout_p=dropout,
+        impl=impl,
+        **call,
+    )
+    return out.unflatten(0, (query.shape[0], query.shape[2]))
 
 
 def find_collector() -> None:
@@ -221,23 +281,17 @@ def _crop(tensor: Tensor | None, kv_len: int) -> Tensor | None:
     return tensor if tensor is None or tensor.shape[-1] <= kv_len else tensor[..., :kv_len]
 
 
-def _used_keys(variant: Variant, query: Tensor, key: Tensor, keep: Tensor | None) -> int:
-    """Number of keys up to the last one that any row sees.
+def _position(query: Tensor, key: Tensor, keep: Tensor | None) -> Tensor | None:
+    """Where the first query stands among the keys if they end in a tail that no row sees.
 
-    Static caches come with a tail of unfilled slots; variants that count positions from the end
-    of the keys need it cut off.
+    Such are the unfilled slots of a static cache. A tensor, because to read it would wait for the
+    device and break a graph.
     """
-    kv_len = key.shape[2]
-    if keep is None or keep.dtype != torch.bool or keep.shape[-1] != kv_len:
-        return kv_len
-    if query.shape[2] >= kv_len:
-        return kv_len
-    if torch.compiler.is_compiling():
-        if any(option.from_config for option in variant.options.values()):
-            raise ValueError(
-                f"{variant.name} counts positions from the last key, which a compiled model with "
-                "an explicit mask hides; run it without torch.compile."
-            )
-        return kv_len
-    seen = keep.flatten(0, 2).any(0).nonzero()
-    return int(seen[-1]) + 1 if seen.numel() else kv_len
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if keep is None or q_len >= kv_len or keep.shape[-1] != kv_len:
+        return None
+    if keep.is_floating_point():
+        keep = keep > torch.finfo(keep.dtype).min / 2
+    slots = torch.arange(kv_len, device=keep.device)
+    last = (keep.flatten(0, 2).any(0) * slots).amax()
+    return (last + 1 - q_len).clamp(min=0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,10 +9,16 @@ from typing import Any
 
 from torch import nn
 
-DISPATCH = "ALL_ATTENTION_FUNCTIONS"
+from attnvariants.hf.eager import replaced_by, unknown_reads
+from attnvariants.hf.source import dispatches, forward_source, text_of
+from attnvariants.hf.sparse import NAMES as PICKS
+from attnvariants.hf.sparse import understood
+
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads")
 _ATTENTION_NAME = re.compile(r"attention|attn", re.I)
-_BY_HAND = re.compile(r"softmax|scaled_dot_product_attention|baddbmm|multi_head_attention_forward")
+_BY_HAND = re.compile(
+    r"[sS]oftmax|scaled_dot_product_attention|baddbmm|multi_head_attention_forward"
+)
 _NOT_TEXT = re.compile(
     r"vision|visual|image|pixel|video|audio|speech|acoustic|codec|mimi|dac|qformer|depth|vq|sound"
 )
@@ -22,12 +26,6 @@ _BY_HAND_REASON = (
     "it computes attention itself instead of calling transformers' attention interface, so a "
     "variant would be ignored or lose its mask"
 )
-_NUMERIC_ARGUMENTS = {
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
-    "indices": "sparse key indices",
-    "block_indices": "sparse block indices",
-}
 
 
 @dataclass
@@ -44,6 +42,8 @@ class Target:
         dispatches: whether it calls transformers' attention interface.
         reason: why it cannot be patched; empty if it can.
         apart: computes attention by itself, without a mask, and is left alone.
+        eager_only: its model was written for eager attention alone.
+        sources: names of the Python modules that hold its code and that of its model.
     """
 
     name: str
@@ -55,12 +55,20 @@ class Target:
     dispatches: bool
     reason: str = ""
     apart: bool = False
+    eager_only: bool = False
+    sources: tuple[str, ...] = ()
 
     @property
     def configs(self) -> list[Any]:
         """The configs that decide which operator the module calls and which mask it gets."""
         same = self.owner_config is None or self.owner_config is self.config
         return [self.config] if same else [self.config, self.owner_config]
+
+    @property
+    def harmed(self) -> bool:
+        """Whether it cannot stay as it is beside variants on its config."""
+        by_hand = not self.dispatches and not self.apart
+        return by_hand and "_attn_implementation" in _class_sources(type(self.module))
 
     @property
     def heads(self) -> int | None:
@@ -73,49 +81,18 @@ class Target:
         return None
 
 
-@functools.cache
-def _source(thing: Any) -> str:
-    try:
-        return inspect.getsource(thing)
-    except (OSError, TypeError):
-        return ""
-
-
-def source_of(function: Callable[..., Any]) -> str:
-    """Source of a function through its decorators, or an empty string."""
-    return _source(inspect.unwrap(function))
-
-
-def own_forward(cls: type[nn.Module]) -> Callable[..., Any]:
-    """The forward that does the work, following `super().forward` up the classes."""
-    for base in cls.__mro__:
-        if "forward" not in base.__dict__:
-            continue
-        source = source_of(base.__dict__["forward"])
-        if DISPATCH in source or not re.search(r"super\([^)]*\)\.forward\(", source):
-            return inspect.unwrap(base.__dict__["forward"])
-    return cls.forward
-
-
-def forward_source(cls: type[nn.Module]) -> str:
-    """Source of `own_forward`, or an empty string."""
-    return source_of(own_forward(cls))
-
-
-def dispatches(cls: type[nn.Module]) -> bool:
-    """Whether the class calls attention through transformers' attention interface."""
-    return DISPATCH in forward_source(cls)
-
-
 def attention_modules(model: nn.Module) -> list[Target]:
     """All attention modules of the model, those that can be patched and those that cannot."""
-    configs = _configs_around(model)
+    models_around = _models_around(model)
     parts = _config_paths(getattr(model, "config", None))
     found: list[Target] = []
     for name, module in model.named_modules():
         cls, config = type(module), _own_config(module)
         calls = dispatches(cls)
-        if calls:
+        package = replaced_by(cls) if _ATTENTION_NAME.search(cls.__name__) else ""
+        if package:
+            reason = f"the forward of its class was replaced (by {package}); undo that first"
+        elif calls:
             reason = _refusal(module, config)
         elif by_hand(module):
             reason = _BY_HAND_REASON
@@ -123,10 +100,11 @@ def attention_modules(model: nn.Module) -> list[Target]:
                 reason = "its class overrides forward and does not call the attention interface"
         else:
             continue
-        around = configs(name)
+        models = models_around(name)
+        around = [outer.config for outer in models]
         owner = around[0] if around else None
         chain = [config, *around] if config is not None else around
-        path = next((parts[id(c)] for c in chain if id(c) in parts), "")
+        part = next((c for c in chain if id(c) in parts), None)
         found.append(
             Target(
                 name=name,
@@ -134,10 +112,12 @@ def attention_modules(model: nn.Module) -> list[Target]:
                 config=config if config is not None else owner,
                 owner_config=owner,
                 layer=_layer_index(name, module, len(found)),
-                text=not _NOT_TEXT.search(path),
+                text=part is None or _is_text(parts[id(part)], part),
                 dispatches=calls,
                 reason=reason,
                 apart=not calls and not _takes_mask(cls),
+                eager_only=bool(models) and not getattr(models[0], "_supports_sdpa", True),
+                sources=tuple({cls.__module__, *(type(outer).__module__ for outer in models)}),
             )
         )
     if not any(target.text for target in found):
@@ -146,24 +126,34 @@ def attention_modules(model: nn.Module) -> list[Target]:
     return found
 
 
+def _is_text(path: str, config: Any) -> bool:
+    """Whether a config, found at a path in the model's, is one of text."""
+    kind = str(getattr(config, "model_type", "")) if path and "text" not in path else ""
+    return not _NOT_TEXT.search(f"{path} {kind}")
+
+
 def by_hand(module: nn.Module) -> bool:
     """Whether a module looks like attention that is computed without the interface."""
-    if not _ATTENTION_NAME.search(type(module).__name__):
+    if not _named_attention(type(module)):
         return False
     if not any(True for _ in module.parameters()):
         return False
     if any(dispatches(base) for base in _module_bases(type(module))):
         return True
     for child in module.modules():
-        named = _ATTENTION_NAME.search(type(child).__name__)
+        named = _named_attention(type(child))
         inner = child is not module and any(True for _ in child.parameters())
         if inner and (dispatches(type(child)) or (named and _computes(type(child)))):
             return False
     return _computes(type(module))
 
 
+def _named_attention(cls: type) -> bool:
+    return any(_ATTENTION_NAME.search(base.__name__) for base in _module_bases(cls))
+
+
 def _class_sources(cls: type) -> str:
-    return "\n".join(_source(base) for base in _module_bases(cls))
+    return "\n".join(text_of(base) for base in _module_bases(cls))
 
 
 def _takes_mask(cls: type[nn.Module]) -> bool:
@@ -185,26 +175,47 @@ def _own_config(module: nn.Module) -> Any:
     return getattr(module, named[1] if named else "config", None)
 
 
-def _refusal(module: nn.Module, config: Any) -> str:
-    """Why a dispatching module cannot be patched; empty if it can."""
+def replaced_forward(module: nn.Module) -> str:
+    """That another library replaced the forward of a module, or an empty string."""
     own = module.__dict__.get("forward")
     hooked = hasattr(module, "_hf_hook") and "_old_forward" in module.__dict__
-    if own is not None and not hooked:
-        by = getattr(own, "__module__", None) or getattr(type(own), "__module__", "?")
-        return f"its forward was replaced on the instance (by {by}); undo that first"
+    if own is None or hooked:
+        return ""
+    by = getattr(own, "__module__", None) or getattr(type(own), "__module__", "?")
+    return f"its forward was replaced on the instance (by {by}); undo that first"
+
+
+def _refusal(module: nn.Module, config: Any) -> str:
+    """Why a dispatching module cannot be patched; empty if it can."""
+    replaced = replaced_forward(module)
+    if replaced:
+        return replaced
     if config is None or not hasattr(config, "_attn_implementation"):
         return "it has no config that names its attention implementation"
     source = forward_source(type(module))
-    for argument, meaning in _NUMERIC_ARGUMENTS.items():
-        passed = re.search(rf"\b{argument}=(?:self\.(\w+)\b(?!\.|\())?", source)
-        if passed and not (passed[1] and getattr(module, passed[1], 0) is None):
-            return f"it passes {argument} ({meaning}), which variants cannot honour"
+    if any(passes(module, name) for name in PICKS) and not understood(source):
+        return "it picks keys for each query in a way that this package does not know"
+    unknown = unknown_reads(module)
+    if unknown:
+        return (
+            f"its own eager attention reads {', '.join(unknown)}, which this package does not "
+            "know and might drop"
+        )
     rescaled = getattr(module, "scale_attn_by_inverse_layer_idx", False) or not getattr(
         module, "scale_attn_weights", True
     )
     if rescaled and not re.search(r"\bscaling=", source):
         return "this version of transformers does not pass its scale to the attention interface"
     return ""
+
+
+def passes(module: nn.Module, argument: str) -> bool:
+    """Whether a module's forward passes an argument to attention that is not always None."""
+    source = forward_source(type(module))
+    passed = re.search(rf"\b{argument}=(?:self\.(\w+)\b(?!\.|\())?", source)
+    if passed is None:
+        return False
+    return not (passed[1] and getattr(module, passed[1], 0) is None)
 
 
 def _layer_index(name: str, module: nn.Module, order: int) -> int:
@@ -215,23 +226,23 @@ def _layer_index(name: str, module: nn.Module, order: int) -> int:
     return numbers[-1] if numbers else order
 
 
-def _configs_around(model: nn.Module) -> Callable[[str], list[Any]]:
-    """`name -> configs` of the transformers models around a module, nearest first."""
+def _models_around(model: nn.Module) -> Callable[[str], list[Any]]:
+    """`name -> transformers models` around a module, nearest first."""
     from transformers import PreTrainedModel
 
     models = [
-        (name, module.config)
+        (name, module)
         for name, module in model.named_modules()
         if isinstance(module, PreTrainedModel)
     ]
 
     def around(name: str) -> list[Any]:
         inside = [
-            (len(outer), config)
-            for outer, config in models
+            (len(outer), module)
+            for outer, module in models
             if outer == "" or name == outer or name.startswith(outer + ".")
         ]
-        return [config for _, config in sorted(inside, key=lambda pair: -pair[0])]
+        return [module for _, module in sorted(inside, key=lambda pair: -pair[0])]
 
     return around
 

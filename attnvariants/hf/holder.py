@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 CHILD = "attn_variant"
+# How a module is made to compute its variant, as the argument backend of `patch`.
+DISPATCH = "dispatch"
+HOOK = "softmax-hook"
 
 
 class Spec(NamedTuple):
@@ -32,15 +36,20 @@ class AttnVariant(nn.Module):
         options: Mapping[str, Any],
         learned: Mapping[str, Tensor],
         trainable: bool,
+        device: torch.device | None = None,
     ):
         super().__init__()
         self.variant = variant
         self.impl = impl
         self.options = dict(options)
         self.learned = tuple(learned)
+        self.trainable = trainable
+        self.masks: str | None = None
+        self.backend = DISPATCH
         self.initial = {name: value.tolist() for name, value in learned.items()}
         for name, value in learned.items():
-            self.register_parameter(name, nn.Parameter(value, requires_grad=trainable))
+            parameter = nn.Parameter(value.to(device), requires_grad=trainable)
+            self.register_parameter(name, parameter)
 
     def forward(self, query: Tensor | None = None) -> Spec:
         """The spec with the parameters as they are now; `query` is there for wrappers."""
@@ -49,14 +58,46 @@ class AttnVariant(nn.Module):
             options[name] = getattr(self, name)
         return Spec(self.variant, self.impl, options)
 
-    def record(self) -> dict[str, Any]:
-        """The spec as JSON-able values; learned options by name only."""
-        return {
+    @torch.no_grad()
+    def reset_parameters(self, names: Iterable[str] | None = None) -> None:
+        """Give the learned values, or those named, what they had when the model was patched."""
+        for name in self.learned if names is None else names:
+            parameter = getattr(self, name)
+            value = torch.tensor(self.initial[name], dtype=parameter.dtype, device="cpu")
+            mesh = getattr(parameter, "device_mesh", None)
+            if mesh is not None:
+                from torch.distributed.tensor import distribute_tensor
+
+                value = distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements)
+            parameter.copy_(value)
+
+    def record(self, *, current: bool = False) -> dict[str, Any]:
+        """The spec as JSON-able values; learned options by name and initial value.
+
+        Args:
+            current: give the learned values of now as the initial ones.
+        """
+        record: dict[str, Any] = {
             "variant": self.variant,
             "impl": self.impl,
             "options": dict(self.options),
             "learned": list(self.learned),
         }
+        if self.learned:
+            initial = self.initial
+            if current:
+                initial = {name: getattr(self, name).tolist() for name in self.learned}
+            record["initial"] = {
+                name: values[0] if len(set(values)) == 1 else list(values)
+                for name, values in initial.items()
+            }
+        if not self.trainable:
+            record["trainable"] = False
+        if self.masks not in (None, "lazy"):
+            record["masks"] = self.masks
+        if self.backend != DISPATCH:
+            record["backend"] = self.backend
+        return record
 
     def same_request(self, other: AttnVariant) -> bool:
         """Whether both were asked for with the same variant, options and initial values."""

@@ -6,14 +6,30 @@ all: padding, windows and packing are lost without a word. So both registries ge
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
-# Causality may stay implicit: None means "causal as the module says".
-IMPLICIT = "attnvariants"
-# Causality is always in the mask: for configs that also serve modules that are not causal.
-EXPLICIT = "attnvariants_explicit"
-KEYS = (IMPLICIT, EXPLICIT)
+from attnvariants.hf.source import text_of
+
+if TYPE_CHECKING:
+    from attnvariants.hf.find import Target
+
+MODES = ("lazy", "bool")
+
+# The config names one of these: what a mask is when it arrives, and in which form it is read.
+LAZY, LAZY_FLOAT = "attnvariants", "attnvariants_lazy_float"
+BOOL, FLOAT = "attnvariants_bool", "attnvariants_float"
+# Bool, or None for "causal as the module says": for transformers too old for lazy masks.
+IMPLICIT = "attnvariants_implicit"
+KEYS = (LAZY, LAZY_FLOAT, BOOL, FLOAT, IMPLICIT)
+
+_TELLS_MASKS_APART = re.compile(r"isinstance\(\s*\w*mask\w*\s*,[^)]*\b(Tensor|BlockMask)\b")
 
 
 def register() -> None:
@@ -23,7 +39,11 @@ def register() -> None:
         ImportError: transformers is missing or older than 4.56.
     """
     try:
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+        from transformers.masking_utils import (
+            ALL_MASK_ATTENTION_FUNCTIONS,
+            eager_mask,
+            sdpa_mask,
+        )
         from transformers.modeling_utils import AttentionInterface
     except ImportError as error:
         raise ImportError(
@@ -31,22 +51,92 @@ def register() -> None:
         ) from error
 
     from attnvariants.hf.dispatch import attention_forward, find_collector
+    from attnvariants.hf.lazy import describe
 
     find_collector()
 
-    def implicit_mask(*args, **kwargs):
+    def always(function):
+        def mask_function(*args, **kwargs):
+            kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+            return function(*args, **kwargs)
+
+        return mask_function
+
+    def implicit(*args, **kwargs):
         return sdpa_mask(*args, **kwargs)
 
-    def explicit_mask(*args, **kwargs):
-        kwargs["allow_is_causal_skip"] = False
-        return sdpa_mask(*args, **kwargs)
+    def lazy(*args, **kwargs):
+        return describe("bool", *args, **kwargs)
 
+    def lazy_float(*args, **kwargs):
+        return describe("float", *args, **kwargs)
+
+    functions = {
+        LAZY: lazy,
+        LAZY_FLOAT: lazy_float,
+        BOOL: always(sdpa_mask),
+        FLOAT: always(eager_mask),
+        IMPLICIT: implicit,
+    }
     mask_interface = type(ALL_MASK_ATTENTION_FUNCTIONS)
-    for key, mask_function in ((IMPLICIT, implicit_mask), (EXPLICIT, explicit_mask)):
+    for key, mask_function in functions.items():
         if key not in AttentionInterface._global_mapping:
             AttentionInterface.register(key, attention_forward)
         if key not in mask_interface._global_mapping:
             mask_interface.register(key, mask_function)
+
+
+def check_mode(mode: Any) -> None:
+    """Whether `mode` is one that works here; None is the best there is.
+
+    Raises:
+        ValueError: there is no such mode, or transformers is too old for it.
+    """
+    if mode is None:
+        return
+    if mode not in MODES:
+        raise ValueError(f"masks must be 'lazy' or 'bool', got {mode!r}.")
+    if mode == "lazy" and not _has_lazy():
+        import transformers
+
+        raise ValueError(
+            "masks='lazy' needs transformers >= 5.5, this is "
+            f"{transformers.__version__}; upgrade it, or leave masks out."
+        )
+
+
+def key_of(config: Any, previous: str, targets: list[Target], mode: str | None) -> str:
+    """The key that suits every module which reads a config, or gets masks that it describes.
+
+    Whatever else reads a mask gets it in the form it had before, additive or bool, and code that
+    tells mask types apart gets a tensor, whatever was asked for.
+
+    Args:
+        previous: the attention implementation that the config named before.
+    """
+    served = [target for target in targets if any(config is other for other in target.configs)]
+    additive = previous == "eager" or any(target.eager_only for target in served)
+    if mode == "bool" or any(_tells_apart(name) for t in served for name in t.sources):
+        return FLOAT if additive else BOOL
+    if _has_lazy():
+        return LAZY_FLOAT if additive else LAZY
+    if additive:
+        return FLOAT
+    causal = all(getattr(t.module, "is_causal", None) is True for t in served if t.dispatches)
+    return IMPLICIT if causal else BOOL
+
+
+@functools.cache
+def _has_lazy() -> bool:
+    from transformers.masking_utils import sdpa_mask
+
+    return "q_offset" in inspect.signature(sdpa_mask).parameters
+
+
+@functools.cache
+def _tells_apart(name: str) -> bool:
+    module = sys.modules.get(name)
+    return module is not None and bool(_TELLS_MASKS_APART.search(text_of(module)))
 
 
 def is_causal(module: torch.nn.Module, kwargs: dict) -> bool:
@@ -79,9 +169,3 @@ def document_keep(cu_q: Tensor, cu_k: Tensor, q_len: int, kv_len: int, causal: b
         distance_k = cu_k[1:].to(cu_q.device)[col_doc.clamp(max=last - 1)] - cols
         keep &= distance_k >= distance_q[:, None]
     return keep[None, None]
-
-
-def to_float(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask as the additive one of eager attention."""
-    zero = torch.zeros((), dtype=dtype, device=mask.device)
-    return torch.where(mask, zero, torch.finfo(dtype).min)
