@@ -8,15 +8,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnvariants.engines import check_impl
-from attnvariants.hf import masks
 from attnvariants.hf.build import requests_of
 from attnvariants.hf.find import attention_modules
-from attnvariants.hf.holder import CHILD
-from attnvariants.hf.plan import new_in, plan_patch
+from attnvariants.hf.holder import CHILD, DISPATCH
+from attnvariants.hf.masks import check_mode, register
+from attnvariants.hf.parallel import refuse_wrapped
+from attnvariants.hf.plan import check_backend, new_in, plan_patch
+from attnvariants.hf.record import warn_of_plain_reload
 from attnvariants.hf.report import Report, report_of
 from attnvariants.hf.select import Layers
 from attnvariants.hf.state import attach, remove, state_of, switch
 from attnvariants.hf.verify import Verification, verify_model
+from attnvariants.hf.wrappers import plain_name, refuse_peft
 from attnvariants.registry import Variant
 
 
@@ -46,11 +49,13 @@ class Patch:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The learned parameters that this call added, by qualified name."""
+        # A stage of a pipeline has only some of the layers.
+        modules = {plain_name(name): module for name, module in self.model.named_modules()}
         return {
             f"{name}.{CHILD}.{key}": value
             for name in self.names
-            if hasattr(module := self.model.get_submodule(name), CHILD)
-            for key, value in getattr(module, CHILD).named_parameters()
+            if hasattr(modules.get(name), CHILD)
+            for key, value in getattr(modules[name], CHILD).named_parameters()
         }
 
     def verify(
@@ -60,16 +65,18 @@ class Patch:
         tolerance: float | None = None,
         seed: int = 0,
     ) -> Verification:
-        """Run the model and prove that the patch keeps causality and padding.
+        """Run the model and prove that the patch keeps causality, padding, caches and documents.
 
         A future token must change nothing before it (difference exactly 0 where the unpatched
-        model's is), a left-padded row must equal the unpadded one, and every patched module that
-        runs must compute its variant. Tests that the unpatched model does not pass either are
+        model's is), a left-padded row must equal the unpadded one, hidden tokens must change
+        nothing, a growing and a static cache and packed documents must give what runs without
+        them do, with softmax in place of the variant the model must compute what it did before,
+        and every patched module that runs must compute its variant. Tests that the unpatched model does not pass either are
         reported as not applicable. Modes, gradients and the global random state are left alone.
 
         Args:
             inputs: keyword arguments of the model's forward; by default small random ones.
-            tolerance: largest relative difference of a padded row; by default 1e-4, and 5e-2 for
+            tolerance: largest relative difference of what must be equal; by default 1e-4, and 5e-2 for
                 models in half precision.
             seed: of the random inputs.
 
@@ -79,7 +86,7 @@ class Patch:
         """
         self._require_active()
         state = state_of(self.model)
-        configs = state.configs if state is not None else []
+        configs = [*state.configs, *state.eager] if state is not None else []
         return verify_model(self.model, configs, inputs, tolerance, seed)
 
     def unpatch(self) -> None:
@@ -121,6 +128,8 @@ def patch(
     train_length: int | None = None,
     trainable: bool = True,
     verify: bool = False,
+    masks: str | None = None,
+    backend: str = DISPATCH,
     **options: Any,
 ) -> Patch:
     """Replace the attention operator of a Hugging Face model by a variant, in place.
@@ -131,7 +140,8 @@ def patch(
     DDP. `model.config.attn_variants` records what was done and is saved with the model.
 
     Args:
-        model: a model whose attention goes through transformers' attention interface.
+        model: a model whose attention goes through transformers' attention interface, or one that
+            `backend="softmax-hook"` knows.
         variant: a name, a registered `Variant`, or a mapping of layers (an index, a tuple of
             them, or a regular expression) to a variant or a pair (variant, options).
         layers: None for all text attention; an index or several, negative ones from the end; a
@@ -141,6 +151,13 @@ def patch(
         train_length: length the preset is computed for; default the model's longest.
         trainable: whether the learned parameters require a gradient.
         verify: run `Patch.verify`, and unpatch again if it fails.
+        masks: "lazy", masks of tokens x tokens are built only where one is read; or "bool", they
+            always are, which is slower and needs no knowledge of what a mask function means.
+            Default "lazy", and with transformers before 5.5 the nearest to it that they allow.
+        backend: "dispatch", through transformers' attention interface; or "softmax-hook", for
+            models that compute attention themselves: while a module runs, the one softmax in it
+            is the variant, in plain torch. For variants that need scores alone, and classes whose
+            masks are known (docs/models.md); not for torch.compile.
         **options: the variant's own; for a learned one its initial value, a number or `[heads]`.
 
     Returns:
@@ -152,19 +169,27 @@ def patch(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"patch takes a torch model, got {type(model).__name__}.")
-    masks.register()
+    refuse_wrapped(model)
+    register()
+    check_mode(masks)
     targets = attention_modules(model)
     requests = requests_of(variant, layers, options, preset, train_length)
     check_impl(impl)
-    plan = plan_patch(model, targets, requests, impl, trainable)
+    check_backend(backend, impl, masks)
+    plan = plan_patch(model, targets, requests, impl, trainable, backend)
+    for _, holder in plan.values():
+        holder.masks = masks
     state = state_of(model)
     fresh = new_in(plan, model, state)
+    refuse_peft(model, "patch", [holder for _, holder in fresh.values()])
+    if state is None:
+        warn_of_plain_reload(model)
     if fresh or state is None:
         handle = Patch(model, tuple(fresh))
-        attach(model, handle, fresh, targets)
+        attach(model, handle, fresh, targets, masks)
     else:
         handle = state.handle_of(next(iter(plan)))
-        switch(state, [target for target, _ in plan.values()], targets)
+        switch(state, [target for target, _ in plan.values()], targets, masks)
     if verify:
         try:
             handle.verify()
@@ -173,6 +198,12 @@ def patch(
                 handle.unpatch()
             raise
     return handle
+
+
+def patches_of(model: nn.Module) -> tuple[Patch, ...]:
+    """The handles of a model's patches, such as those `from_pretrained` restored, oldest first."""
+    state = state_of(model)
+    return () if state is None else tuple(state.handles)
 
 
 def unpatch(model: nn.Module) -> None:

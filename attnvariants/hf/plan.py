@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import nn
 
+from attnvariants.hf import softmax_hook
 from attnvariants.hf.build import Request, build_holder
 from attnvariants.hf.find import Target
-from attnvariants.hf.holder import CHILD, AttnVariant
+from attnvariants.hf.holder import CHILD, DISPATCH, HOOK, AttnVariant
 from attnvariants.hf.select import select
 from attnvariants.hf.state import PatchState
 
 Plan = dict[str, tuple[Target, AttnVariant]]
 
 
+def check_backend(backend: str, impl: str, masks: str | None) -> None:
+    """Raise ValueError for a backend that does not exist or cannot have these arguments."""
+    if backend not in (DISPATCH, HOOK):
+        raise ValueError(f"backend must be {DISPATCH!r} or {HOOK!r}, got {backend!r}.")
+    if backend == HOOK:
+        softmax_hook.check_engine(impl)
+        if masks is not None:
+            raise ValueError(
+                f"backend={HOOK!r} reads the masks that the model makes; leave out masks, got "
+                f"masks={masks!r}."
+            )
+
+
 def plan_patch(
-    model: nn.Module, targets: list[Target], requests: list[Request], impl: str, trainable: bool
+    model: nn.Module,
+    targets: list[Target],
+    requests: list[Request],
+    impl: str,
+    trainable: bool,
+    backend: str = DISPATCH,
 ) -> Plan:
     """`name -> (target, holder)` of every module the requests mean.
 
@@ -25,13 +45,16 @@ def plan_patch(
     """
     plan: Plan = {}
     for request in requests:
-        for target in _chosen(model, targets, request):
+        choose = _hooked if backend == HOOK else _chosen
+        for target in choose(model, targets, request):
             if target.name in plan:
                 raise ValueError(
                     f"{target.name} is meant by more than one key of the mapping; make them "
                     "disjoint."
                 )
-            plan[target.name] = target, build_holder(target, request, impl, trainable)
+            holder = build_holder(target, request, impl, trainable)
+            holder.backend = backend
+            plan[target.name] = target, holder
     return plan
 
 
@@ -75,20 +98,46 @@ def _chosen(model: nn.Module, targets: list[Target], request: Request) -> list[T
     refused = [target for target in stuck if not target.apart]
     chosen = [target for target in chosen if not target.reason]
     if refused or not chosen:
-        raise ValueError(
-            f"patch cannot replace the attention of {kind}: {_reasons(refused or stuck)}."
+        others = refused or stuck
+        by_hook = all(
+            not softmax_hook.refusal(target, request.variant, request.options) for target in others
         )
+        hint = f"; pass backend={HOOK!r}, which can" if by_hook else ""
+        raise ValueError(f"patch cannot replace the attention of {kind}: {_reasons(others)}{hint}.")
     switched = {id(config) for target in chosen for config in target.configs}
     hurt = [
         target
         for target in targets
-        if not target.dispatches
-        and not target.apart
-        and any(id(config) in switched for config in target.configs)
+        if target.harmed and any(id(config) in switched for config in target.configs)
     ]
     if hurt:
         raise ValueError(
             f"patch cannot replace only a part of the attention of {kind}: {_reasons(hurt)}."
+        )
+    return chosen
+
+
+def _hooked(model: nn.Module, targets: list[Target], request: Request) -> list[Target]:
+    """The targets of a request, in all of which the softmax can be replaced."""
+    if not targets:
+        return _chosen(model, targets, request)
+    judged = [
+        replace(
+            target,
+            reason=softmax_hook.refusal(target, request.variant, request.options),
+            apart=False,
+        )
+        for target in targets
+    ]
+    apart = {target.name for target in targets if target.apart}
+    chosen = select(judged, request.layers)
+    stuck = [target for target in chosen if target.reason]
+    refused = [target for target in stuck if target.name not in apart]
+    chosen = [target for target in chosen if not target.reason]
+    if refused or not chosen:
+        raise ValueError(
+            f"patch cannot replace the attention of {type(model).__name__} through "
+            f"backend={HOOK!r}: {_reasons(refused or stuck)}."
         )
     return chosen
 

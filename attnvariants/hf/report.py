@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from attnvariants.hf import softmax_hook
 from attnvariants.hf.dispatch import PREVIOUS
 from attnvariants.hf.find import Target, attention_modules
-from attnvariants.hf.holder import CHILD
+from attnvariants.hf.holder import CHILD, DISPATCH, HOOK
 
 HEAD = ("module", "class", "layer", "variant", "engine", "parameters", "options")
 
@@ -24,7 +25,8 @@ class Row:
         cls: name of its class.
         layer: layer index.
         variant: what it computes now; None where the previous operator stays.
-        impl: engine of the variant, or name of the previous operator.
+        impl: engine of the variant, or the backend if that is not "dispatch", or name of the
+            previous operator.
         parameters: number of learned values that the variant added.
         options: options of the variant that differ between patches, learned ones by name.
         reason: why the module cannot be patched; empty if it can.
@@ -100,15 +102,19 @@ def _row(target: Target) -> Row:
         operator = getattr(target.config, "_attn_implementation", None) or "-"
         if previous is not None:
             operator = previous[0].__name__
-        return Row(target.name, cls, target.layer, None, operator, reason=target.reason)
+        reason = target.reason
+        if reason and not target.dispatches and not softmax_hook.refusal(target):
+            reason += f"; backend={HOOK!r} can replace its softmax"
+        return Row(target.name, cls, target.layer, None, operator, reason=reason)
     spec = holder(None)
     return Row(
         name=target.name,
         cls=cls,
         layer=target.layer,
         variant=spec.variant,
-        impl=spec.impl,
-        parameters=sum(v.numel() for v in spec.options.values() if isinstance(v, Tensor)),
+        impl=spec.impl if holder.backend == DISPATCH else holder.backend,
+        # A shard of tensor parallelism holds fewer than the module has in all.
+        parameters=sum(map(len, holder.initial.values())),
         options={
             name: "learned" if isinstance(value, Tensor) else value
             for name, value in spec.options.items()

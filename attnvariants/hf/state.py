@@ -7,13 +7,14 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from attnvariants.hf import masks
+from attnvariants.hf import masks, softmax_hook
 from attnvariants.hf.dispatch import PREVIOUS, previous_of
 from attnvariants.hf.find import Target
-from attnvariants.hf.holder import CHILD, AttnVariant
+from attnvariants.hf.holder import CHILD, HOOK, AttnVariant
+from attnvariants.hf.record import RECORD, entries_of, record_of
+from attnvariants.hf.wrappers import plain_name, refuse_peft
 
 ATTRIBUTE = "_attn_patch_state"
-RECORD = "attn_variants"
 
 
 class Handle(Protocol):
@@ -29,11 +30,13 @@ class PatchState:
     Attributes:
         handles: the patches in the model.
         configs: the configs they switched, with the attention implementation each named before.
+        eager: the configs set to eager attention for the softmax hook, likewise.
         records: the configs that hold a record of the patches, with what was there before.
     """
 
     handles: list[Any] = field(default_factory=list)
     configs: list[tuple[Any, str]] = field(default_factory=list)
+    eager: list[tuple[Any, str]] = field(default_factory=list)
     records: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 
     def handle_of(self, name: str) -> Any:
@@ -51,6 +54,7 @@ def attach(
     handle: Handle,
     holders: dict[str, tuple[Target, AttnVariant]],
     targets: list[Target],
+    mode: str | None = None,
 ) -> None:
     """Put holders into their modules on behalf of a handle; all or nothing.
 
@@ -58,30 +62,39 @@ def attach(
         ValueError: as `switch`.
     """
     state = state_of(model) or PatchState()
-    switch(state, [target for target, _ in holders.values()], targets)
+    switch(state, [target for target, _ in holders.values()], targets, mode)
     setattr(model, ATTRIBUTE, state)
     state.handles.append(handle)
     try:
         for target, holder in holders.values():
             holder.train(target.module.training)
             target.module.add_module(CHILD, holder)
+            if holder.backend == HOOK:
+                softmax_hook.install(target)
         _record(model, state)
     except BaseException:
         remove(model, [handle])
         raise
 
 
-def switch(state: PatchState, chosen: list[Target], targets: list[Target]) -> None:
+def switch(
+    state: PatchState, chosen: list[Target], targets: list[Target], mode: str | None = None
+) -> None:
     """Point the configs of the chosen modules at our functions, remembering what they named.
 
     Modules that read the same configs and carry no variant are told their previous operator.
 
+    Args:
+        mode: as the argument masks of `patch`.
+
     Raises:
-        ValueError: a config is another model's too, or a module that stays as it is has an
-            operator whose masks cannot be made; nothing is changed then.
+        ValueError: a config is another model's too or has masks of another mode, or a module that
+            stays as it is has an operator whose masks cannot be made; nothing is changed then.
     """
-    known = {id(config) for config, _ in state.configs}
+    known = {id(config): before for config, before in state.configs}
     steps: dict[int, tuple[Any, str]] = {}
+    by_hand = [target for target in chosen if not target.dispatches]
+    chosen = [target for target in chosen if target.dispatches]
     for config in (config for target in chosen for config in target.configs):
         now = config._attn_implementation
         if now not in masks.KEYS:
@@ -91,6 +104,11 @@ def switch(state: PatchState, chosen: list[Target], targets: list[Target]) -> No
                 f"the config names {now!r} though this model is not patched: it is shared with a "
                 "patched model or copied from one; give the model a config of its own and call "
                 "model.set_attn_implementation('sdpa')."
+            )
+        elif mode is not None and now != masks.key_of(config, known[id(config)], targets, mode):
+            raise ValueError(
+                f"the model is patched with other masks than masks={mode!r} already; call "
+                "unpatch(model) first."
             )
     picked = {target.name for target in chosen}
     previous = []
@@ -110,14 +128,22 @@ def switch(state: PatchState, chosen: list[Target], targets: list[Target]) -> No
     state.configs = [pair for pair in state.configs if id(pair[0]) not in steps]
     for config, now in steps.values():
         state.configs.append((config, now))
-        config._attn_implementation_internal = _key(config, targets)
+        config._attn_implementation_internal = masks.key_of(config, now or "eager", targets, mode)
+    for target in filter(softmax_hook.needs_eager, by_hand):
+        for config in target.configs:
+            state.eager = [pair for pair in state.eager if pair[0] is not config]
+            state.eager.append((config, config._attn_implementation))
+            config._attn_implementation_internal = "eager"
 
 
 def remove(model: nn.Module, handles: list[Any]) -> None:
     """Take the handles' holders out; with the last one, restore configs and modules."""
     state: PatchState = getattr(model, ATTRIBUTE)
-    for name in (name for handle in handles for name in handle.names):
-        module = model.get_submodule(name)
+    names = [name for handle in handles for name in handle.names]
+    present = {plain_name(name): module for name, module in model.named_modules()}
+    refuse_peft(model, "unpatch", [present.get(f"{name}.{CHILD}") for name in names])
+    for module in (present[name] for name in names if name in present):
+        softmax_hook.uninstall(module)
         if hasattr(module, CHILD):
             delattr(module, CHILD)
     state.handles = [kept for kept in state.handles if not any(kept is gone for gone in handles)]
@@ -128,22 +154,15 @@ def remove(model: nn.Module, handles: list[Any]) -> None:
         # An implementation that was set meanwhile is the user's choice.
         if config._attn_implementation in masks.KEYS:
             config._attn_implementation_internal = previous
+    for config, previous in state.eager:
+        if config._attn_implementation == "eager":
+            config._attn_implementation_internal = previous
     for module in model.modules():
         module.__dict__.pop(PREVIOUS, None)
     for config, before in state.records:
         config.__dict__.pop(RECORD, None)
         config.__dict__.update(before)
     delattr(model, ATTRIBUTE)
-
-
-def _key(config: Any, targets: list[Target]) -> str:
-    """Causality may be left to the modules only if every module on the config is causal."""
-    served = [
-        getattr(target.module, "is_causal", None) is True
-        for target in targets
-        if target.dispatches and any(config is other for other in target.configs)
-    ]
-    return masks.IMPLICIT if all(served) else masks.EXPLICIT
 
 
 def _record(model: nn.Module, state: PatchState) -> None:
@@ -161,16 +180,4 @@ def _record(model: nn.Module, state: PatchState) -> None:
             before = {RECORD: config.__dict__[RECORD]} if RECORD in config.__dict__ else {}
             state.records.append((config, before))
     for root in roots.values():
-        entries: list[dict[str, Any]] = []
-        for name, module in root.named_modules():
-            holder = getattr(module, CHILD, None)
-            if not isinstance(holder, AttnVariant):
-                continue
-            record = holder.record()
-            same = (e for e in entries if {**e, "modules": 0} == {**record, "modules": 0})
-            entry = next(same, None)
-            if entry is None:
-                entry = {**record, "modules": []}
-                entries.append(entry)
-            entry["modules"].append(name)
-        setattr(root.config, RECORD, {"version": 1, "patches": entries})
+        setattr(root.config, RECORD, record_of(entries_of(root)))
