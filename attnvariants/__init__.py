@@ -27,7 +27,7 @@ from attnvariants.varlen import attention_varlen
 
 if TYPE_CHECKING:
     from attnvariants import diagnostics, recurrent
-    from attnvariants.hf import Patch, patch, unpatch
+    from attnvariants.hf import Patch, from_pretrained, patch, save_pretrained, unpatch
 
 
 __all__ = [
@@ -44,16 +44,18 @@ __all__ = [
     "explain",
     "flash_attn_func",
     "flash_attn_varlen_func",
+    "from_pretrained",
     "get_variant",
     "list_variants",
     "patch",
     "recurrent",
     "register",
+    "save_pretrained",
     "scaled_dot_product_attention",
     "unpatch",
 ]
 
-_LAZY = {"patch": "hf", "unpatch": "hf", "Patch": "hf"}
+_LAZY = dict.fromkeys(("Patch", "from_pretrained", "patch", "save_pretrained", "unpatch"), "hf")
 
 
 def __getattr__(name: str) -> Any:

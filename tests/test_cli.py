@@ -241,7 +241,7 @@ def test_diagnose_a_model_saved_with_a_variant(tmp_path, text, folder):
     assert record["summary"] == pytest.approx(expected.summary(), rel=1e-5)
 
     config = json.loads((tmp_path / "config.json").read_text())
-    config["attn_variants"]["patches"][0]["learned"] = []
+    config["attn_variants"]["patches"][0] |= {"learned": [], "initial": {}}
     config["attn_variants"]["patches"][0]["variant"] = "softmax"
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "learned values do not match its config" in error_of("diagnose", tmp_path)

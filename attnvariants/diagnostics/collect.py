@@ -58,7 +58,8 @@ def diagnose(
     hidden: dict[str, ActivationSums] = {}
     losses = _Losses()
     with ExitStack() as stack:
-        skipped = stack.enter_context(_measurable(model))
+        bare = getattr(model, "get_base_model", lambda: model)()
+        skipped = stack.enter_context(_measurable(bare))
         stack.enter_context(_evaluating(model))
         stack.enter_context(recorder)
         stack.enter_context(torch.no_grad())
@@ -78,9 +79,11 @@ def diagnose(
             if progress is not None:
                 progress(min(start + step, count), count)
     if not recorder.layers:
+        unmeasured = next(iter(skipped.items()), None)
+        hint = "" if unmeasured is None else f" ({unmeasured[0]}: {unmeasured[1]})"
         raise ValueError(
-            f"{type(model).__name__} called none of its attention modules on this batch; pass the "
-            "inputs that reach its text part."
+            f"{type(model).__name__} called none of the attention modules that can be measured on "
+            f"this batch{hint}; pass the inputs that reach its text part."
         )
     moments = Moments()
     for sums in hidden.values():
@@ -138,6 +141,11 @@ class _Recorder:
         self._calls[name] += 1
         if self._calls[name] > 1:
             name = f"{name} #{self._calls[name]}"
+        if call.get("sinks") is not None:
+            raise ValueError(
+                f"{name} cannot be measured: its learned attention sinks take weight that belongs "
+                "to no key; leave its model out."
+            )
         mask = self._mask
         if mask is not None and mask.shape != (query.shape[0], query.shape[2]):
             mask = None
@@ -183,13 +191,18 @@ def _measurable(model: nn.Module) -> Iterator[dict[str, str]]:
     """The layers without a variant patched with softmax; yields those that cannot be."""
     from attnvariants.hf import patch
     from attnvariants.hf.find import attention_modules
-    from attnvariants.hf.holder import CHILD
+    from attnvariants.hf.holder import CHILD, HOOK
 
     targets = attention_modules(model)
     patched = {target.name for target in targets if hasattr(target.module, CHILD)}
+    hooked = {
+        target.name: f"patched through backend={HOOK!r}, which sees no query and key"
+        for target in targets
+        if target.name in patched and getattr(target.module, CHILD).backend == HOOK
+    }
     plain = [target for target in targets if target.name not in patched]
     free = {target.name for target in plain if not target.reason}
-    skipped = {target.name: target.reason for target in plain if target.reason}
+    skipped = {target.name: target.reason for target in plain if target.reason} | hooked
     handle = None
     if free:
         handle = patch(model, "softmax", layers=lambda name, module: name in free)

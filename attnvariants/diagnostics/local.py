@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnvariants.registry import get_variant
-
 # Enough characters for a window of the longest tokens; tokenising more would take time for nothing.
 _CHARACTERS_A_TOKEN = 32
 
@@ -28,6 +26,8 @@ def load_model(folder: Path) -> tuple[nn.Module, list[str]]:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    from attnvariants.hf import from_pretrained
+
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     config = _load(lambda: AutoConfig.from_pretrained(folder, **local), folder, "config")
     if getattr(config, "is_encoder_decoder", False):
@@ -40,49 +40,11 @@ def load_model(folder: Path) -> tuple[nn.Module, list[str]]:
     saved = getattr(config, "architectures", None) or ()
     auto = AutoModelForCausalLM if any(name in language for name in saved) else AutoModel
     model, info = _load(
-        lambda: auto.from_pretrained(
-            folder, config=config, use_safetensors=True, output_loading_info=True, **local
-        ),
+        lambda: from_pretrained(auto, folder, config=config, output_loading_info=True, **local),
         folder,
         "model",
     )
-    if getattr(config, "attn_variants", None):
-        _load(lambda: _restore(model, config.attn_variants["patches"], folder), folder, "variant")
     return model, sorted(info["missing_keys"])
-
-
-def _restore(model: nn.Module, patches: list[dict[str, Any]], folder: Path) -> None:
-    """Patch a model as its config records it and load what it had learned."""
-    from safetensors import safe_open
-
-    from attnvariants.hf import patch
-    from attnvariants.hf.holder import CHILD
-
-    for entry in patches:
-        variant, names = get_variant(entry["variant"]), frozenset(entry["modules"])
-        learned = {name: variant.options[name].default for name in entry["learned"]}
-        patch(
-            model,
-            variant,
-            layers=_named(names),
-            impl=entry["impl"],
-            **entry["options"],
-            **learned,
-        )
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            tensors |= {n: file.get_tensor(n) for n in file.keys() if f".{CHILD}." in n}  # noqa: SIM118
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    absent = [name for name in missing if f".{CHILD}." in name]
-    if absent or unexpected:
-        raise ValueError(
-            f"its learned values do not match its config at {(absent or unexpected)[0]}."
-        )
-
-
-def _named(names: frozenset[str]) -> Callable[[str, nn.Module], bool]:
-    return lambda name, module: name in names
 
 
 def load_tokenizer(folder: Path) -> Any:
