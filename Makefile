@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 # the newest torch that everything here was tested with; `make TORCH="torch>=2.6"` takes another
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check bench static aot gpu docs
+.PHONY: demo test check bench static aot gpu docs models
 
 demo: $(VENV)/.installed
 	$(BIN)/attnvariants demo
@@ -37,6 +37,10 @@ gpu: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m bench.readme
+
+# every architecture of the installed transformers, ten minutes
+models: $(VENV)/.installed
+	$(BIN)/attnvariants models --json docs/models.json --markdown docs/models.md
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

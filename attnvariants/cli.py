@@ -1,4 +1,4 @@
-"""The command line: `attnvariants list | show | diagnose | demo`."""
+"""The command line: `attnvariants list | show | diagnose | demo | models | patch-check`."""
 
 from __future__ import annotations
 
@@ -371,3 +371,10 @@ def _make_folder(out: Path | None) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error.strerror}.") from None
+
+
+# at the end, because these commands use what is above
+from attnvariants import cli_models  # noqa: E402
+
+app.command()(cli_models.models)
+app.command("patch-check")(cli_models.patch_check)

@@ -9,6 +9,10 @@ from attnvariants import list_variants, patch
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
+from attnvariants.hf import masks  # noqa: E402
+
+LAZY = masks._has_lazy()
+
 
 def make(name="Llama", suffix="ForCausalLM", **more):
     torch.manual_seed(0)
@@ -44,34 +48,85 @@ def test_half_precision_has_its_own_tolerance():
     assert result.tolerance == 5e-2
 
 
-@pytest.mark.parametrize("wrong", ["sees everything", "loses the padding", "is not registered"])
-def test_a_wrong_mask_fails(mask_functions, wrong):
-    def everything(batch_size, *args, **kwargs):
-        length = kwargs["kv_length"]
-        return torch.ones(batch_size, 1, length, length, dtype=torch.bool)
+def causal(keep):
+    return torch.ones_like(keep).tril()
 
-    if wrong == "is not registered":
-        del mask_functions["attnvariants"]
-    else:
-        mask_functions["attnvariants"] = (
-            everything if wrong == "sees everything" else lambda *args, **kwargs: None
-        )
+
+def visible_keys(keep):
+    """Keys that some query sees: all but padding and the empty tail of a static cache."""
+    return keep.any(-2, keepdim=True)
+
+
+def next_key_too(keep):
+    return keep | torch.nn.functional.pad(keep[..., :-1], (1, 0))
+
+
+def not_itself(keep):
+    return torch.nn.functional.pad(keep[..., 1:], (0, 1))
+
+
+def aligned_to_the_end(keep):
+    q_len, kv_len = keep.shape[-2:]
+    ends = torch.ones_like(keep).tril(kv_len - q_len)
+    return ends if q_len not in (1, kv_len) and kv_len > 18 else keep
+
+
+def mixed(keep):
+    square = keep.shape[-1] == keep.shape[-2]
+    return causal(keep) & visible_keys(keep) if square else keep
+
+
+# What each wrong mask does with the right one [batch, 1, q_len, kv_len], and what must notice.
+WRONG = {
+    "none at all": (lambda keep: None, "left-padded row differs"),
+    "sees the future": (lambda keep: visible_keys(keep).expand_as(keep), "future token changes"),
+    "sees the next token": (next_key_too, "future token changes"),
+    "misses itself": (not_itself, "differ"),
+    "loses the padding": (causal, "left-padded row differs"),
+    "mixes documents": (mixed, "packed document differs"),
+    "is aligned to the end": (aligned_to_the_end, "outputs with a cache differ"),
+}
+
+
+def spoil(mask_functions, change):
+    """Every mask function of the patcher gives what `change` makes of the right mask."""
+
+    def spoiled(right):
+        def function(*args, **kwargs):
+            mask = right(*args, **kwargs)
+            keep = mask.tensor("bool") if hasattr(mask, "tensor") else mask
+            return change(keep if keep.dtype == torch.bool else keep == 0)
+
+        return function
+
+    for key in masks.KEYS:
+        mask_functions[key] = spoiled(mask_functions[key])
+
+
+@pytest.mark.parametrize("mode", ["lazy", "bool"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_mask_fails(mask_functions, wrong, mode):
+    if mode == "lazy" and not LAZY:
+        pytest.skip("this transformers is too old for lazy masks")
+    change, message = WRONG[wrong]
     model = make()
     keys, config = list(model.state_dict()), model.config.to_dict()
-    if wrong == "is not registered":
-        # patch() registers what is missing, so take it away again afterwards
-        handle = patch(model, "softmax")
-        del mask_functions["attnvariants"]
-        with pytest.raises(ValueError, match="left-padded row differs"):
-            handle.verify()
-        handle.unpatch()
-    else:
-        message = "future token" if wrong == "sees everything" else "left-padded row differs"
-        with pytest.raises(ValueError, match=message):
-            patch(model, "ssmax", verify=True)
+    patch(model, "ssmax", verify=True, masks=mode).unpatch()
+    spoil(mask_functions, change)
+    with pytest.raises(ValueError, match=message):
+        patch(model, "ssmax", verify=True, masks=mode)
     assert list(model.state_dict()) == keys
     assert model.config.to_dict() == config
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_mask_function_that_is_missing_fails(mask_functions):
+    handle = patch(make(), "softmax")
+    for key in masks.KEYS:
+        del mask_functions[key]
+    with pytest.raises(ValueError, match="left-padded row differs"):
+        handle.verify()
+    handle.unpatch()
 
 
 def test_a_variant_that_counts_padding_fails():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from attnvariants.hf.inputs import Sample, parameters, samples, text_config
+from attnvariants.hf.outputs import sentence
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,8 @@ class Probe:
     """Inputs of the model's forward, the tokens that the leak test changes, and the padding.
 
     `pad` is the number of padding tokens left of row 1; `changed` names the argument whose tokens
-    are changed; `allowed` are tokens without a special meaning.
+    are changed; `allowed` are tokens without a special meaning; `short` is row 1 alone, without
+    its padding.
     """
 
     inputs: dict[str, Tensor]
@@ -25,43 +28,52 @@ class Probe:
     pad: int = 0
     short: dict[str, Tensor] | None = None
 
+    @property
+    def seen(self) -> Tensor | None:
+        """`[batch, tokens]` bool, False at padding; None without any."""
+        if not self.pad:
+            return None
+        mask = torch.ones_like(self.inputs["input_ids"], dtype=torch.bool)
+        mask[1, : self.pad] = False
+        return mask
 
-def made_probe(root: nn.Module, seed: int) -> Probe:
+
+def made_probe(root: nn.Module, seed: int, runs: Callable[[dict[str, Tensor]], Any]) -> Probe:
     """Small random inputs of the model's own kind.
 
+    Args:
+        root: the model.
+        seed: of the random numbers.
+        runs: runs the model as it was before the patch; raises if it does not take the inputs.
+
     Raises:
-        ValueError: the model takes neither tokens nor square images.
+        ValueError: the model runs none of the inputs that are tried.
     """
-    config = root.config
-    main = str(getattr(root, "main_input_name", "input_ids"))
-    generator = torch.Generator().manual_seed(seed)
-    device = _device(root)
-    if main == "pixel_values":
-        size = getattr(config, "image_size", None)
-        if isinstance(size, int) or (isinstance(size, (tuple, list)) and len(size) == 2):
-            height, width = (size, size) if isinstance(size, int) else size
-            channels = getattr(config, "num_channels", 3)
-            pixels = torch.randn(2, channels, height, width, generator=generator)
-            dtype = next(root.parameters()).dtype
-            return Probe({"pixel_values": pixels.to(device, dtype)})
-    text = _text_config(config)
-    vocab = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None)
-    if main != "input_ids" or not isinstance(vocab, int):
-        raise ValueError(
-            f"verify cannot make inputs for {type(root).__name__}, whose input is {main}; pass "
-            "inputs= with the arguments of its forward."
-        )
-    special = _special_tokens(config) | _special_tokens(text)
-    allowed = [token for token in range(min(vocab, 4096)) if token not in special]
-    if len(allowed) < 2:
-        allowed = [0, 1]
-    choices = torch.tensor(allowed)
-    length = _length(text)
-    tokens = choices[torch.randint(len(allowed), (2, length), generator=generator)]
-    inputs = {"input_ids": tokens.to(device)}
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = tokens.flip(0).to(device)
-    return _padded(root, inputs, choices.to(device))
+    why = ""
+    for sample in samples(root, seed):
+        for probe in _probes(root, sample):
+            try:
+                runs(probe.inputs)
+            except Exception as error:
+                why = why or sentence(error)
+            else:
+                return probe
+    main = getattr(root, "main_input_name", "input_ids")
+    raise ValueError(
+        f"verify cannot make inputs for {type(root).__name__}, whose input is {main}; pass "
+        f"inputs= with the arguments of its forward{f' ({why})' if why else ''}."
+    )
+
+
+def _probes(root: nn.Module, sample: Sample) -> Iterator[Probe]:
+    """A sample as a probe, padded if it can be."""
+    if not sample.tokens:
+        yield Probe(sample.inputs)
+        return
+    allowed = sample.allowed.to(sample.inputs[sample.tokens[-1]].device)
+    if "input_ids" in sample.tokens and "attention_mask" in parameters(root):
+        yield _padded(root, sample.inputs, allowed)
+    yield Probe(sample.inputs, sample.tokens[-1], allowed)
 
 
 def given_probe(root: nn.Module, inputs: Mapping[str, Tensor]) -> Probe:
@@ -79,8 +91,9 @@ def given_probe(root: nn.Module, inputs: Mapping[str, Tensor]) -> Probe:
             f"verify needs {changed} of shape [batch, tokens] with at least 2 tokens, got "
             f"{list(given[changed].shape)}."
         )
-    tokens_only = set(given) <= {"input_ids", "decoder_input_ids"}
-    if tokens_only and all(value.shape[1] >= 4 for value in given.values()):
+    tokens_only = set(given) <= {"input_ids", "decoder_input_ids"} and "input_ids" in given
+    able = tokens_only and "attention_mask" in parameters(root)
+    if able and all(value.shape[1] >= 4 for value in given.values()):
         return _padded(root, {key: value[:1].expand(2, -1) for key, value in given.items()}, None)
     return Probe(given, changed)
 
@@ -90,15 +103,14 @@ def _padded(root: nn.Module, inputs: dict[str, Tensor], allowed: Tensor | None) 
     changed = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
     accepts = parameters(root)
     tokens = inputs["input_ids"].clone()
-    if "attention_mask" not in accepts:
-        return Probe(inputs, changed, allowed)
-    length = tokens.shape[1]
-    pad = length // 3
-    fill = getattr(_text_config(root.config), "pad_token_id", None)
+    pad = tokens.shape[1] // 3
+    fill = getattr(text_config(root.config), "pad_token_id", None)
     tokens[1, :pad] = fill if isinstance(fill, int) and fill >= 0 else 0
     mask = torch.ones_like(tokens)
     mask[1, :pad] = 0
     batch = {**inputs, "input_ids": tokens, "attention_mask": mask}
+    if any(value.shape[0] != 2 for value in batch.values()):
+        return Probe(batch, changed, allowed, pad)
     short = {key: value[1:2] for key, value in batch.items()}
     for key in ("input_ids", "attention_mask"):
         short[key] = short[key][:, pad:]
@@ -106,48 +118,3 @@ def _padded(root: nn.Module, inputs: dict[str, Tensor], allowed: Tensor | None) 
         batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         short["position_ids"] = batch["position_ids"][1:2, pad:]
     return Probe(batch, changed, allowed, pad, short)
-
-
-def _device(root: nn.Module) -> torch.device:
-    """Where the model takes its inputs; offloaded parameters are nowhere."""
-    for parameter in root.parameters():
-        if not parameter.is_meta:
-            return parameter.device
-    for module in root.modules():
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return torch.device("cpu")
-
-
-def _length(config: Any) -> int:
-    window = getattr(config, "sliding_window", None)
-    length = 18
-    if isinstance(window, int) and 0 < window <= 256:
-        length = max(length, 2 * window)
-    for name in ("max_position_embeddings", "max_target_positions"):
-        most = getattr(config, name, None)
-        if isinstance(most, int) and most > 0:
-            length = min(length, most)
-    return max(length - length % 3, 3)
-
-
-def _special_tokens(config: Any) -> set[int]:
-    special: set[int] = set()
-    for name, value in vars(config).items():
-        if name.endswith(("_token_id", "_token_index")):
-            values = value if isinstance(value, (list, tuple)) else [value]
-            special.update(token for token in values if isinstance(token, int))
-    return special
-
-
-def _text_config(config: Any) -> Any:
-    try:
-        return config.get_text_config()
-    except ValueError:
-        return config
-
-
-def parameters(root: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Arguments of the model's forward."""
-    return inspect.signature(type(root).forward).parameters

@@ -1,0 +1,255 @@
+"""One architecture, tiny: does a patch with softmax keep what it computes?"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnvariants.hf.drive import (
+    cases_of,
+    parts_beside,
+    patch_most,
+    ran_in,
+    runnable,
+    state_of_model,
+    watching,
+)
+from attnvariants.hf.find import attention_modules
+from attnvariants.hf.outputs import Case, difference, meaning_of, outputs_of, sentence
+from attnvariants.hf.patcher import Patch, patch
+from attnvariants.hf.tiny import Sizes, model_class, tiny_config, tiny_model
+
+TOLERANCE = 1e-4
+# Identical; so through the hook; not taken; wrong; no inputs or no model; nothing to patch.
+VERDICTS = ("identical", "by hook", "refused", "different", "not driven", "no attention")
+HOOK = "softmax-hook"
+
+
+@dataclass
+class Outcome:
+    """What became of one model type.
+
+    Attributes:
+        model_type: as transformers names it.
+        model: class that was built.
+        verdict: one of `VERDICTS`.
+        difference: largest relative difference from the model's own eager attention.
+        dispatches: whether any of its attention goes through transformers' interface.
+        attention: number of attention modules of the tiny model.
+        patched: of those, how many a patch takes.
+        reached: of those, how many ran.
+        inputs: what the model was run on.
+        leak: largest change before a changed token; None if it was not measured.
+        padding: largest difference of a left-padded row; None if it was not measured.
+        note: why it was refused or not driven, and what was left unpatched or unmeasured.
+    """
+
+    model_type: str
+    model: str = ""
+    verdict: str = "not driven"
+    difference: float | None = None
+    dispatches: bool = False
+    attention: int = 0
+    patched: int = 0
+    reached: int = 0
+    inputs: str = ""
+    leak: float | None = None
+    padding: float | None = None
+    note: str = ""
+
+
+def drive(model_type: str, sizes: Sizes | None = None, **patching: Any) -> Outcome:
+    """Build a tiny model of a type, patch it with softmax, compare, self-test, unpatch, compare.
+
+    Args:
+        model_type: as transformers names it.
+        sizes: of the tiny model.
+        **patching: further arguments of `patch`.
+
+    Raises:
+        ValueError: transformers has no such model type.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    outcome = Outcome(model_type)
+    try:
+        config_class = CONFIG_MAPPING[model_type]
+    except KeyError:
+        raise ValueError(
+            f"the installed transformers has no model type {model_type!r}; give it as in a "
+            "config.json."
+        ) from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            config = tiny_config(config_class, sizes)
+            cls = model_class(config)
+            outcome.model = cls.__name__
+            model = tiny_model(config, cls)
+        except Exception as error:
+            outcome.note = sentence(error)
+            return outcome
+        compare(model, outcome, **patching)
+        if outcome.verdict == "refused" and HOOK in outcome.note and "backend" not in patching:
+            hooked = Outcome(model_type, outcome.model)
+            compare(model, hooked, **patching, backend=HOOK)
+            if hooked.verdict in ("identical", "different"):
+                hooked.dispatches = outcome.dispatches
+                hooked.verdict = hooked.verdict.replace("identical", "by hook")
+                return hooked
+    return outcome
+
+
+def compare(model: nn.Module, outcome: Outcome, **patching: Any) -> None:
+    """Fill an outcome with what a patch does to a model, which is left as it was."""
+    targets = attention_modules(model)
+    outcome.attention = len(targets)
+    outcome.dispatches = any(target.dispatches for target in targets)
+    if not targets:
+        outcome.verdict = "no attention"
+        return
+    before = state_of_model(model)
+    refusal = _refusal(model, patching)
+    if state_of_model(model) != before:
+        outcome.verdict, outcome.note = "different", "it is not left as it was"
+        return
+    if refusal:
+        outcome.verdict, outcome.note = "refused", refusal
+        return
+    runs, why = _runs(model)
+    if not runs:
+        outcome.note = why
+        return
+    # some models change their attention when they first run
+    targets, before = attention_modules(model), state_of_model(model)
+    outcome.inputs = ", ".join(dict.fromkeys(run.what for run in runs))
+    whole = _taken_whole(model, patching)
+    handle = patch_most(model, "softmax", **patching)
+    outcome.patched = len(handle.names)
+    left = {
+        f"{type(t.module).__name__} stays as it is" for t in targets if t.name not in handle.names
+    }
+    notes = sorted(left)
+    if not whole:
+        notes.insert(0, "patch needs layers= that names what can be patched")
+    try:
+        with watching(model) as calls:
+            outcome.difference, where = _worst(runs)
+        outcome.reached = len(calls.holders)
+        if calls.modules - calls.holders:
+            where = "patched modules ran without their variant"
+            outcome.difference = float("inf")
+        outcome.verdict = "identical" if outcome.difference <= TOLERANCE else "different"
+        notes += [where] if outcome.verdict == "different" else []
+        if not calls.holders:
+            outcome.verdict = "not driven"
+            notes.append("none of its patched modules ran")
+        if outcome.reached < outcome.patched:
+            notes.append(f"{outcome.patched - outcome.reached} patched modules did not run")
+        notes += _self_test(handle, outcome)
+    except Exception as error:
+        outcome.verdict = "different"
+        notes = [f"{type(error).__name__} when patched: {sentence(error)}"]
+    finally:
+        handle.unpatch()
+    if state_of_model(model) != before or _worst(runs)[0] != 0:
+        outcome.verdict = "different"
+        notes.append("its state or outputs are not restored by unpatch")
+    outcome.note = "; ".join(notes)
+
+
+def _refusal(model: nn.Module, patching: dict[str, Any]) -> str:
+    """Why `patch` takes none of the model's text attention; empty if it takes some."""
+    try:
+        handle = patch_most(model, "softmax", **patching)
+    except ValueError as error:
+        return sentence(error)
+    text = {target.name for target in attention_modules(model) if target.text}
+    taken = text.intersection(handle.names)
+    handle.unpatch()
+    if taken:
+        return ""
+    try:
+        patch(model, "softmax", **patching).unpatch()
+    except ValueError as error:
+        return sentence(error)
+    return ""
+
+
+def _taken_whole(model: nn.Module, patching: dict[str, Any]) -> bool:
+    """Whether `patch` takes the model without being told which layers."""
+    try:
+        patch(model, "softmax", **patching).unpatch()
+    except ValueError:
+        return False
+    return True
+
+
+@dataclass
+class _Run:
+    """A model or a part of one, its cases and what it returned for them before the patch.
+
+    With each case go the outputs and which parts of them are compared.
+    """
+
+    model: nn.Module
+    what: str
+    cases: list[tuple[Case, list[Tensor], list[Tensor | None]]]
+
+
+def _runs(model: nn.Module) -> tuple[list[_Run], str]:
+    """The unpatched runs of a model and of the parts that its own inputs do not run."""
+    sample, why = runnable(model)
+    if sample is None:
+        return [], f"no inputs could be made: {why}"
+    cases = []
+    for case in cases_of(model, sample):
+        try:
+            own = outputs_of(model, case)
+            cases.append((case, own, meaning_of(model, case, own)))
+        except Exception as error:
+            # not every model takes padding
+            if case.name == "plain":
+                return [], sentence(error)
+    plain, own, _ = cases[0]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in own):
+        return [], "its own outputs are not finite"
+    if difference(own, outputs_of(model, plain)) != 0:
+        return [], "its own outputs are random"
+    runs = [_Run(model, sample.what, cases)]
+    targets = attention_modules(model)
+    missed = {target.name for target in targets} - ran_in(model, targets, plain)
+    for name, part in parts_beside(model, missed):
+        inner, _ = _runs(part)
+        runs += [_Run(run.model, f"{name}: {run.what}", run.cases) for run in inner[:1]]
+    return runs, ""
+
+
+def _worst(runs: Iterable[_Run]) -> tuple[float, str]:
+    worst, where = 0.0, ""
+    for run in runs:
+        for case, expected, parts in run.cases:
+            change = difference(expected, outputs_of(run.model, case), parts)
+            if not change <= worst:
+                worst, where = change, f"{case.name} {run.what}"
+    return worst, where
+
+
+def _self_test(handle: Patch, outcome: Outcome) -> Iterator[str]:
+    """Run the patch's own test; yields what to note."""
+    try:
+        result = handle.verify()
+    except ValueError as error:
+        text = sentence(error)
+        if "cannot make inputs" in text or "cannot run" in text or "none of the" in text:
+            yield f"no self-test: {text}"
+            return
+        outcome.verdict = "different"
+        yield text
+        return
+    outcome.leak, outcome.padding = result.leak, result.padding
