@@ -71,13 +71,14 @@ class Patch:
         model's is), a left-padded row must equal the unpadded one, hidden tokens must change
         nothing, a growing and a static cache and packed documents must give what runs without
         them do, with softmax in place of the variant the model must compute what it did before,
-        and every patched module that runs must compute its variant. Tests that the unpatched model does not pass either are
-        reported as not applicable. Modes, gradients and the global random state are left alone.
+        and every patched module that runs must compute its variant. Tests that the unpatched model
+        does not pass either are reported as not applicable. Modes, gradients and the global random
+        state are left alone.
 
         Args:
             inputs: keyword arguments of the model's forward; by default small random ones.
-            tolerance: largest relative difference of what must be equal; by default 1e-4, and 5e-2 for
-                models in half precision.
+            tolerance: largest relative difference of what must be equal; by default 1e-4, and 5e-2
+                for models in half precision.
             seed: of the random inputs.
 
         Raises:
