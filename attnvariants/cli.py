@@ -271,12 +271,19 @@ def _diagnose(
             report.plot(path)
 
 
+# arguments of `patch` and `check` that are no options of a variant
+_NOT_OPTIONS = (
+    "backend", "impl", "layers", "masks", "model", "preset", "train_length", "trainable",
+    "variant", "verify",
+)  # fmt: skip
+
+
 def _parse_options(pairs: list[str]) -> dict[str, Any]:
     """NAME=VALUE pairs; a value is JSON where it parses as such, else a string."""
     options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        if not equals or not name.isidentifier() or name in ("preset", "layers", "verify"):
+        if not equals or not name.isidentifier() or name in _NOT_OPTIONS:
             raise ValueError(f"--option takes NAME=VALUE, got {pair!r}.")
         try:
             options[name] = json.loads(value)

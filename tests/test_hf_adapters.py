@@ -207,6 +207,10 @@ def shorter(tensors):
     return {n: torch.ones(3) if "attn_variant" in n else v for n, v in tensors.items()}
 
 
+def fewer(tensors):
+    return {n: v for n, v in tensors.items() if "layers.0.self_attn.attn_variant" not in n}
+
+
 def other_rank(tensors):
     return {n: torch.cat([v, v]) if "lora_A" in n else v for n, v in tensors.items()}
 
@@ -223,6 +227,7 @@ def other_rank(tensors):
             b"ssmin")), ValueError, "version 7|not registered"),
         (rewrite("adapter_model.safetensors", lambda b: b[:-9]), ValueError, "truncated or corr"),
         (with_tensors(shorter), ValueError, r"has shape \[3\] and the base needs \[4\]"),
+        (with_tensors(fewer), ValueError, r"lacks .*layers\.0\.self_attn\.attn_variant"),
         (with_tensors(other_rank), RuntimeError, "size mismatch"),
     ],
 )  # fmt: skip

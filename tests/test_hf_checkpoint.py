@@ -314,6 +314,8 @@ class Refused:
         ({"modules": ["model.layers.0.mlp"]}, "matches none|cannot be patched|no attention"),
         ({"modules": ["model.layers.1.self_attn"]}, "records model.layers.1.self_attn twice"),
         ({"modules": ["model.layers.2.self_attn"]}, "do not match its config at model.layers.0"),
+        ({"modules": [1]}, "modules must be names, got 1"),
+        ({"modules": [["model"]]}, r"modules must be names, got \['model'\]"),
         ({"shape": 1}, "records shape of a patch, which this package does not know"),
         ({"backend": "hardware"}, "backend must be"),
     ],
@@ -338,6 +340,10 @@ def test_files_that_cannot_be_read(saved):
     tensors[name] = torch.ones(3)
     safetensors.save_file(tensors, weights, metadata={"format": "pt"})
     refused(rf"{name} in .* has shape \[3\], the model needs \[4\]")
+
+    tensors[name] = torch.tensor([1.0, float("nan"), 1.0, 1.0])
+    safetensors.save_file(tensors, weights, metadata={"format": "pt"})
+    refused(f"NaN or infinity at {name}")
 
     tensors[name] = torch.ones(4)
     tensors["model.layers.2.self_attn.attn_variant.s"] = torch.ones(4)

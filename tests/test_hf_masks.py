@@ -263,6 +263,19 @@ def test_padding_in_both_modes(name, left, mode):
     assert torch.equal(run(model, **inputs), expected)
 
 
+@pytest.mark.parametrize("previous", ["eager", "sdpa"])
+def test_integer_masks_mean_the_same_to_patched_and_other_layers(previous):
+    model = make("Llama", attn_implementation=previous)
+    generator = torch.Generator().manual_seed(2)
+    keep = torch.eye(18, dtype=torch.bool) | (torch.rand(2, 1, 18, 18, generator=generator) > 0.4)
+    floats = torch.zeros(keep.shape).masked_fill(~keep, torch.finfo(torch.float32).min)
+    expected = run(model, input_ids=tokens(), attention_mask=floats)
+    patch(model, "softmax", layers=[0])
+    for mask in (keep, keep.long()):
+        got = run(model, input_ids=tokens(), attention_mask=mask)
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
 def test_rows_that_see_nothing_give_0_and_finite_gradients():
     model = make("Llama").train()
     handle = patch(model, "softpick")

@@ -123,7 +123,7 @@ def load_adapter(model: Any, folder: Any, adapter_name: str = "default", **kwarg
         _check_weights(base, weights, where)
         model.load_adapter(str(where), adapter_name, **kwargs)
         return model
-    except Exception:
+    except Exception as error:
         if wrapped is None:
             _strip(base)
             for handle in handles:
@@ -132,6 +132,9 @@ def load_adapter(model: Any, folder: Any, adapter_name: str = "default", **kwarg
             model.delete_adapter(adapter_name)
         for name, value in base.named_parameters():
             value.requires_grad_(trainable.get(name, value.requires_grad))
+        if isinstance(error, KeyError):
+            text = f"{where / _WEIGHTS} lacks {error}; save the adapter again."
+            raise ValueError(text) from error
         raise
 
 

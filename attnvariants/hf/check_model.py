@@ -30,11 +30,19 @@ def model_of(model: Any) -> tuple[str, nn.Module]:
             raise ValueError(
                 f"{type(model).__name__} is patched; check takes it as it was: unpatch it first."
             )
+        if not hasattr(model, "config"):
+            raise ValueError(f"check takes a model of transformers, got {type(model).__name__}.")
         return type(model).__name__, model
     if isinstance(model, (str, Path)):
         path = Path(model)
         if path.is_dir() and any(path.glob("*.safetensors")):
             return _loaded(path)
+        pickled = sorted(path.glob("pytorch_model*.bin")) if path.is_dir() else []
+        if pickled:
+            raise ValueError(
+                f"{pickled[0]} is pickled, and only safetensors files are read; convert it, or "
+                "give the folder's config.json to test random weights."
+            )
         config = _config_of(path)
     else:
         config = model

@@ -136,8 +136,10 @@ def previous_forward(
             and masks.is_causal(module, kwargs)
         ):
             mask = masks.causal_keep(query.shape[2], key.shape[2], query.device)
-        if mask is not None and mask.dtype == torch.bool:
-            mask = to_float(mask, query.dtype)
+        if mask is not None and not mask.is_floating_point():
+            mask = to_float(mask != 0, query.dtype)
+    elif isinstance(mask, Tensor) and not mask.is_floating_point():
+        mask = mask != 0
     return forward(module, query, key, value, mask, **kwargs)
 
 

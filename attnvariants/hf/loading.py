@@ -127,10 +127,22 @@ class _Load:
             if self.strict:
                 raise ValueError(f"{text}; save the model again, or load it with strict=False.")
             warnings.warn(f"{text}; they have their initial values from the record.", stacklevel=4)
+        self._check_values(model)
         for module in model.modules():
             # transformers makes every parameter it loads require a gradient.
             if isinstance(module, AttnVariant) and not module.trainable:
                 module.requires_grad_(False)
+
+    def _check_values(self, model: nn.Module) -> None:
+        """Raise ValueError if learned values that were loaded hold NaN or infinity."""
+        for name, value in model.named_parameters():
+            if f".{CHILD}." in name and not value.is_meta:
+                local = value.to_local() if hasattr(value, "to_local") else value
+                if not bool(local.detach().isfinite().all()):
+                    raise ValueError(
+                        f"its learned values hold NaN or infinity at {name}; the checkpoint is "
+                        "damaged, or the training diverged: load an earlier one."
+                    )
 
     def explain(self) -> str | None:
         """Why the checkpoint could not be loaded, from a look at its files."""

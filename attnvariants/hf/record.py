@@ -105,7 +105,14 @@ def _check_entry(entry: Any, where: str) -> None:
                 f"{where} records a patch whose {name} must be a {kinds[name].__name__}, got "
                 f"{_short(entry.get(name))}; save the model again."
             )
-    new = sorted(set(entry) - set(kinds))
+    for name in ("learned", "modules"):
+        odd = [value for value in entry[name] if not isinstance(value, str)]
+        if odd:
+            raise ValueError(
+                f"{where} records a patch whose {name} must be names, got {_short(odd[0])}; save "
+                "the model again."
+            )
+    new = sorted(map(str, set(entry) - set(kinds)))
     if new:
         raise ValueError(
             f"{where} records {', '.join(new)} of a patch, which this package does not know; "
