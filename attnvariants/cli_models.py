@@ -47,8 +47,8 @@ def models(
         if json_path is not None and not resume:
             json_path.unlink(missing_ok=True)
         _need_transformers()
-        from attnvariants.hf.models_table import models_markdown
-        from attnvariants.hf.sweep import summary, sweep
+        from attnvariants.hf.architectures.sweep import summary, sweep
+        from attnvariants.hf.architectures.table import models_markdown
 
         with _progress() as advance:
             result = sweep(types, jobs=jobs, timeout=timeout, path=json_path, progress=advance)
@@ -87,7 +87,7 @@ def _progress() -> Any:
 
 
 def _models_table(result: Any) -> Table:
-    from attnvariants.hf.models_table import row_of
+    from attnvariants.hf.architectures.table import row_of
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("type", "model", "verdict", "difference", "attention", "notes"):
@@ -132,7 +132,7 @@ def patch_check(
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        from attnvariants.hf.check import check
+        from attnvariants.hf.architectures.check import check
 
         results = [check(model, name, **settings) for name in names]
     console = Console()

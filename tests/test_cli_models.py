@@ -11,7 +11,8 @@ transformers.logging.set_verbosity_error()
 
 from test_cli import error_of, run  # noqa: E402
 
-from attnvariants.hf import masks, tiny  # noqa: E402
+from attnvariants.hf import masks  # noqa: E402
+from attnvariants.hf.architectures import tiny  # noqa: E402
 
 LLAMA = {
     "model_type": "llama",

@@ -1,6 +1,5 @@
 """Tiny models of many architectures against themselves, and the table made of all of them."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -10,11 +9,10 @@ import torch
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
-from attnvariants.hf import check, compare, masks, tiny  # noqa: E402
-from attnvariants.hf.models_table import models_markdown  # noqa: E402
+from attnvariants.hf import check, masks  # noqa: E402
+from attnvariants.hf.architectures import compare, sweep, tiny  # noqa: E402
+from attnvariants.hf.architectures.table import models_markdown  # noqa: E402
 
-# the package's own `sweep` is the function
-sweep = importlib.import_module("attnvariants.hf.sweep")
 DOCS = Path(__file__).parents[1] / "docs"
 
 # One of each feature, and what the self-test measures of it.

@@ -17,13 +17,13 @@ Works on models that call attention through transformers' attention interface (t
 from typing import TYPE_CHECKING, Any
 
 from attnvariants.hf.adapters import load_adapter, peft_modules_to_save, save_adapter
-from attnvariants.hf.check import Check, CheckResult, check
+from attnvariants.hf.architectures.check import Check, CheckResult, check
+from attnvariants.hf.architectures.sweep import SweepResult, sweep
 from attnvariants.hf.checkpoint import save_pretrained
 from attnvariants.hf.loading import auto_load, from_pretrained
 from attnvariants.hf.parallel import tp_plan
 from attnvariants.hf.patcher import Patch, patch, patches_of, unpatch
 from attnvariants.hf.report import Report, Row
-from attnvariants.hf.sweep import SweepResult, sweep
 from attnvariants.hf.training import param_groups
 from attnvariants.hf.verify import Verification
 

@@ -69,7 +69,8 @@ def read_record(record: Any, where: str) -> list[dict]:
     Raises:
         ValueError: it is damaged, newer than this package, or names unknown variants or options.
     """
-    if not isinstance(record, dict) or not isinstance(record.get("version"), int):
+    version = record.get("version") if isinstance(record, dict) else None
+    if type(version) is not int or version < 1:
         raise ValueError(
             f"{where} records attention variants in a form that cannot be read: expected a "
             f"version and patches, got {_short(record)}; save the model again."

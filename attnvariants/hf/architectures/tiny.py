@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnvariants.hf.tiny_table import HEADS, OVERRIDES, RULES, SEEDS
+from attnvariants.hf.architectures.tiny_table import HEADS, OVERRIDES, RULES, SEEDS
 
 _TOKEN = re.compile(r"(token_id|token_index|_token_ids|bos_id|eos_id|im_\w+_id|image_patch_id)$")
 _FIRST_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

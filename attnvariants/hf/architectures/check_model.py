@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnvariants.hf.architectures.tiny import model_class, randomise, tiny_config
 from attnvariants.hf.outputs import sentence
 from attnvariants.hf.patcher import unpatch
 from attnvariants.hf.record import GUARD, RECORD
 from attnvariants.hf.state import state_of
-from attnvariants.hf.tiny import model_class, randomise, tiny_config
 
 # A model of a bare config is shrunk if it has more weights than this.
 LARGE = 20_000_000

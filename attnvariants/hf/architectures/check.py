@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from attnvariants.engines import check_impl
 from attnvariants.hf import masks
+from attnvariants.hf.architectures.check_model import model_of
+from attnvariants.hf.architectures.drive import cases_of, runnable, state_of_model
 from attnvariants.hf.build import requests_of
-from attnvariants.hf.check_model import model_of
-from attnvariants.hf.drive import cases_of, runnable, state_of_model
 from attnvariants.hf.find import attention_modules
 from attnvariants.hf.outputs import Case, difference, meaning_of, outputs_of, sentence
 from attnvariants.hf.patcher import Patch, patch

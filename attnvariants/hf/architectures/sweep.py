@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from attnvariants._version import __version__
-from attnvariants.hf.compare import TOLERANCE, VERDICTS, Outcome, drive
+from attnvariants.hf.architectures.compare import TOLERANCE, VERDICTS, Outcome, drive
 
 __all__ = ["Outcome", "SweepResult", "all_types", "drive", "sweep"]
 
@@ -155,7 +155,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "attnvariants.hf.sweep_worker"],
+            [sys.executable, "-m", "attnvariants.hf.architectures.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

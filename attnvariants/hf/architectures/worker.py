@@ -1,4 +1,4 @@
-"""`python -m attnvariants.hf.sweep_worker`: model types on stdin, outcomes as JSON on stdout."""
+"""Run as a module: model types on stdin, their outcomes as JSON on stdout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main() -> None:
     import torch
     import transformers
 
-    from attnvariants.hf.compare import Outcome, drive
+    from attnvariants.hf.architectures.compare import Outcome, drive
     from attnvariants.hf.outputs import sentence
 
     torch.set_num_threads(1)

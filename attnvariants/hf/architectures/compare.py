@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnvariants.hf.drive import (
+from attnvariants.hf.architectures.drive import (
     cases_of,
     parts_beside,
     patch_most,
@@ -19,10 +19,10 @@ from attnvariants.hf.drive import (
     state_of_model,
     watching,
 )
+from attnvariants.hf.architectures.tiny import Sizes, model_class, tiny_config, tiny_model
 from attnvariants.hf.find import attention_modules
 from attnvariants.hf.outputs import Case, difference, meaning_of, outputs_of, sentence
 from attnvariants.hf.patcher import Patch, patch
-from attnvariants.hf.tiny import Sizes, model_class, tiny_config, tiny_model
 
 TOLERANCE = 1e-4
 # Identical; so through the hook; not taken; wrong; no inputs or no model; nothing to patch.
