@@ -271,10 +271,9 @@ def _diagnose(
             report.plot(path)
 
 
-# arguments of `patch` and `check` that are no options of a variant
+# arguments of `patch` and `check` that are no options of a variant, nor of its preset
 _NOT_OPTIONS = (
-    "backend", "impl", "layers", "masks", "model", "preset", "train_length", "trainable",
-    "variant", "verify",
+    "backend", "impl", "layers", "masks", "model", "preset", "trainable", "variant", "verify",
 )  # fmt: skip
 
 
