@@ -12,6 +12,8 @@ demo: $(VENV)/.installed
 # the kernels by themselves, interpreted: Triton reads the variable when it is imported
 CONTRACT = tests/kernels tests/test_conformance.py tests/test_golden.py tests/test_numerics.py
 
+# a process a core: more threads would wait for each other
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed
 	$(BIN)/pytest -n auto
 	TRITON_INTERPRET=1 $(BIN)/pytest -n auto $(CONTRACT)
