@@ -13,6 +13,7 @@ from test_cli import error_of, run  # noqa: E402
 
 from attnvariants.hf import masks  # noqa: E402
 from attnvariants.hf.architectures import tiny  # noqa: E402
+from attnvariants.hf.names import registered_masks  # noqa: E402
 
 LLAMA = {
     "model_type": "llama",
@@ -94,7 +95,7 @@ def test_exit_codes(tmp_path, monkeypatch):
         run("patch-check", tmp_path, code=1).stdout.split()
     )
     assert "all tests passed" in run("patch-check", tmp_path, "--backend", "softmax-hook").stdout
-    registry = transformers.masking_utils.AttentionMaskInterface._global_mapping
+    registry = registered_masks()
     for key in masks.KEYS:
         monkeypatch.setitem(registry, key, lambda *args, **kwargs: None)
     assert "FAILED" in run("patch-check", bare(tmp_path), code=1).stdout

@@ -9,6 +9,8 @@ from test_hf import GQA, build, sample
 from attnvariants import list_variants, patch, unpatch
 
 transformers = pytest.importorskip("transformers")
+from attnvariants.hf.names import with_cache  # noqa: E402
+
 transformers.logging.set_verbosity_error()
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 modern = pytest.mark.skipif(VERSION < (5, 5), reason="transformers < 5.5 has another cache API")
@@ -151,7 +153,7 @@ def continued(model, tokens, cache, cuts):
     parts = []
     with torch.no_grad():
         for part in torch.tensor_split(tokens, cuts, dim=1):
-            parts.append(model(part, past_key_values=cache, use_cache=True).logits)
+            parts.append(model(part, **with_cache(model, cache), use_cache=True).logits)
     return torch.cat(parts, 1)
 
 
@@ -303,7 +305,7 @@ def test_a_recurrent_cache_is_an_ordinary_one(kind, mode, masks):
     cache = recurrent_cache(model)
     expected = generated(model, inputs, **MODES[mode])
     for _ in range(2):
-        same(generated(model, inputs, past_key_values=cache, **MODES[mode]), expected)
+        same(generated(model, inputs, **with_cache(model, cache), **MODES[mode]), expected)
         assert cache.get_seq_length() == 15
         cache.reset()
         assert cache.get_seq_length() == 0
@@ -348,27 +350,27 @@ def test_what_a_recurrent_cache_cannot_do():
     patch(llama, "cosformer", max_len=12)
     inputs = prompt()
     with pytest.raises(ValueError, match="cannot take back tokens, as crop and assisted"):
-        generated(llama, prompt(False, 1), past_key_values=recurrent_cache(llama),
+        generated(llama, prompt(False, 1), **with_cache(llama, recurrent_cache(llama)),
                   prompt_lookup_num_tokens=2)  # fmt: skip
     with pytest.raises(ValueError, match=r"goe?s? past max_len 12"):
-        generated(llama, inputs, past_key_values=recurrent_cache(llama))
+        generated(llama, inputs, **with_cache(llama, recurrent_cache(llama)))
     cache = recurrent_cache(llama)
     with pytest.raises(ValueError, match="has no output_attentions"):
-        llama(**inputs, past_key_values=cache, output_attentions=True)
+        llama(**inputs, **with_cache(llama, cache), output_attentions=True)
     cache = recurrent_cache(llama)
-    llama(**inputs, past_key_values=cache)
+    llama(**inputs, **with_cache(llama, cache))
     with pytest.raises(ValueError, match="a state is a sum over all of them"):
         cache.crop(-1)
     with pytest.raises(ValueError, match="hides other earlier tokens than it did before"):
-        llama(inputs["input_ids"][:, :1], past_key_values=cache)
+        llama(inputs["input_ids"][:, :1], **with_cache(llama, cache))
     square = torch.ones(2, 1, 3, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="more than causality and padding"):
-        llama(inputs["input_ids"][:, :3], square, past_key_values=recurrent_cache(llama))
+        llama(inputs["input_ids"][:, :3], square, **with_cache(llama, recurrent_cache(llama)))
     cache = recurrent_cache(llama)
     unpatch(llama)
-    llama(**inputs, past_key_values=cache)
+    llama(**inputs, **with_cache(llama, cache))
     with pytest.raises(RuntimeError, match="the model was unpatched or patched anew"):
-        llama(inputs["input_ids"][:, :1], past_key_values=cache)
+        llama(inputs["input_ids"][:, :1], **with_cache(llama, cache))
 
 
 @pytest.mark.skipif(VERSION >= (5, 5), reason="is about older versions")

@@ -11,6 +11,9 @@ from attnvariants.geometry import Geometry
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
+
+from attnvariants.hf.names import with_cache  # noqa: E402
+
 masks = pytest.importorskip("attnvariants.hf.masks")
 
 LAZY = masks._has_lazy()
@@ -107,7 +110,7 @@ def test_nothing_of_tokens_by_tokens_is_built(name, case):
     def forward():
         if case == "static":
             cache = transformers.StaticCache(model.config, max_cache_len=length + 100)
-            return run(model, **inputs, past_key_values=cache)
+            return run(model, **inputs, **with_cache(model, cache))
         return run(model, **inputs)
 
     expected = forward()

@@ -12,6 +12,7 @@ transformers.logging.set_verbosity_error()
 from attnvariants.hf import check, masks  # noqa: E402
 from attnvariants.hf.architectures import compare, sweep, tiny  # noqa: E402
 from attnvariants.hf.architectures.table import models_markdown  # noqa: E402
+from attnvariants.hf.names import registered_masks  # noqa: E402
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -100,7 +101,7 @@ def test_no_type_differs(model_type):
 
 
 def test_a_wrong_mask_is_different(monkeypatch):
-    registry = transformers.masking_utils.AttentionMaskInterface._global_mapping
+    registry = registered_masks()
     masks.register()
     for key in masks.KEYS:
         monkeypatch.setitem(registry, key, lambda *args, **kwargs: None)
@@ -208,7 +209,7 @@ def test_check_fails_where_it_should(monkeypatch):
     refused = check(transformers.BloomConfig())
     assert not refused.passed
     assert "softmax-hook" in refused.checks[0].note
-    registry = transformers.masking_utils.AttentionMaskInterface._global_mapping
+    registry = registered_masks()
     for key in masks.KEYS:
         monkeypatch.setitem(registry, key, lambda *args, **kwargs: None)
     wrong = check(transformers.LlamaConfig())

@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
 from attnvariants.hf import masks  # noqa: E402
+from attnvariants.hf.names import registered_masks  # noqa: E402
 
 LAZY = masks._has_lazy()
 
@@ -23,7 +24,7 @@ def make(name="Llama", suffix="ForCausalLM", **more):
 @pytest.fixture
 def mask_functions():
     """The registry of mask functions, put back as it was."""
-    registry = transformers.masking_utils.AttentionMaskInterface._global_mapping
+    registry = registered_masks()
     patch(make(), "softmax")
     kept = dict(registry)
     yield registry

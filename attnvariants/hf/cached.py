@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnvariants.hf.inputs import parameters
+from attnvariants.hf.names import cache_argument, cache_of, with_cache
 from attnvariants.hf.outputs import per_token, run
 from attnvariants.hf.probe import Probe
 
@@ -28,7 +29,7 @@ def cached_difference(
     """
     accepts = parameters(root)
     decoder = batch.changed == "input_ids" and not getattr(root.config, "is_encoder_decoder", False)
-    if not decoder or "use_cache" not in accepts or "past_key_values" not in accepts:
+    if not decoder or "use_cache" not in accepts or cache_argument(accepts) is None:
         return None, "not a decoder with a cache"
     tokens = batch.inputs["input_ids"]
     if set(batch.inputs) - {"input_ids", "attention_mask", "position_ids"}:
@@ -56,7 +57,7 @@ def _in_parts(root: nn.Module, batch: Probe, length: int) -> Tensor | None:
     cut = length // 2
     head = {name: value[:, :cut] for name, value in batch.inputs.items()}
     result = run(root, head, use_cache=True)
-    cache = getattr(result, "past_key_values", None)
+    cache = cache_of(result)
     one = per_token(result, cut)
     if cache is None or one is None:
         return None
@@ -64,7 +65,8 @@ def _in_parts(root: nn.Module, batch: Probe, length: int) -> Tensor | None:
         name: value if name == "attention_mask" else value[:, cut:]
         for name, value in batch.inputs.items()
     }
-    other = per_token(run(root, tail, use_cache=True, past_key_values=cache), length - cut)
+    given = with_cache(root, cache)
+    other = per_token(run(root, tail, use_cache=True, **given), length - cut)
     return None if other is None else torch.cat([one, other], dim=1)
 
 
@@ -73,7 +75,8 @@ def _static(root: nn.Module, batch: Probe, length: int) -> Tensor | None:
 
     config: Any = root.config
     cache = StaticCache(config=config, max_cache_len=length + SPARE)
-    return per_token(run(root, batch.inputs, use_cache=True, past_key_values=cache), length)
+    given = with_cache(root, cache)
+    return per_token(run(root, batch.inputs, use_cache=True, **given), length)
 
 
 def packed_difference(root: nn.Module, batch: Probe) -> float | None:

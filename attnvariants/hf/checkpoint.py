@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attnvariants.hf import masks
 from attnvariants.hf.find import attention_modules
 from attnvariants.hf.holder import CHILD
+from attnvariants.hf.names import implementation_of
 from attnvariants.hf.record import GUARD, RECORD, entries_of, record_of
 from attnvariants.hf.state import state_of
 from attnvariants.hf.wrappers import (
@@ -102,10 +103,10 @@ def _checked(model: Any) -> list[dict[str, Any]]:
         holder = getattr(target.module, CHILD, None)
         if holder is None or "backend" in holder.record():
             continue
-        if target.config._attn_implementation not in masks.KEYS:
+        if implementation_of(target.config) not in masks.KEYS:
             raise ValueError(
                 f"{target.name} carries {holder.variant!r}, but the model's attention "
-                f"implementation was set to {target.config._attn_implementation!r} after "
+                f"implementation was set to {implementation_of(target.config)!r} after "
                 "patching, which does not use it; patch again, or unpatch before saving."
             )
     return entries

@@ -18,6 +18,7 @@ from attnvariants.hf import masks
 from attnvariants.hf.eager import UNSUPPORTED, eager_of
 from attnvariants.hf.holder import CHILD
 from attnvariants.hf.lazy import LazyMask, View, to_float
+from attnvariants.hf.names import attention_functions, mask_functions, masking, output_collector
 from attnvariants.hf.sinks import attention_with_sinks
 from attnvariants.hf.sparse import picked
 
@@ -149,20 +150,18 @@ def previous_of(module: nn.Module, implementation: str) -> tuple[Callable[..., A
     Raises:
         ValueError: the implementation wants masks in a form that cannot be derived.
     """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     if implementation == "eager":
         return eager_of(type(module)), "float"
-    forms: dict[Any, str] = {sdpa_mask: "bool", eager_mask: "float"}
-    form = forms.get(ALL_MASK_ATTENTION_FUNCTIONS.get(implementation))
-    if form is None or implementation not in ALL_ATTENTION_FUNCTIONS:
+    helpers, functions = masking(), attention_functions()
+    forms: dict[Any, str] = {helpers.sdpa: "bool", helpers.eager: "float"}
+    form = forms.get(mask_functions().get(implementation))
+    if form is None or implementation not in functions:
         raise ValueError(
             f"some layers would stay with {implementation!r} attention, whose masks cannot be "
             "shared with a variant; call model.set_attn_implementation('sdpa') first, or patch "
             "all layers."
         )
-    return ALL_ATTENTION_FUNCTIONS[implementation], form
+    return functions[implementation], form
 
 
 def _refuse_unknown(cls: type[nn.Module], kwargs: dict[str, Any]) -> None:
@@ -264,11 +263,7 @@ def _packed(
 def find_collector() -> None:
     """Look up where transformers >= 5 keeps what the running call is asked to return."""
     global _collector
-    try:
-        from transformers.utils import output_capturing
-    except ImportError:
-        return
-    _collector = getattr(output_capturing, "_active_collector", None)
+    _collector = output_collector()
 
 
 def _wants_weights(kwargs: dict[str, Any]) -> bool:

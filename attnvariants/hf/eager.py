@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from attnvariants.hf.source import DISPATCH, forward_source, own_forward, source_of
+from attnvariants.hf.names import EAGER, PAGED, REGISTRY
+from attnvariants.hf.source import forward_source, own_forward, source_of
 
 # Arguments that change the numbers and that no variant has a meaning for.
 UNSUPPORTED = {
     "head_mask": "a head mask",
-    "cache": "a paged cache (continuous batching)",
-    "block_table": "a paged cache (continuous batching)",
+    **dict.fromkeys(PAGED, "a paged cache (continuous batching)"),
 }
 # What eager functions read besides query, key, value and mask, and what becomes of it: honoured,
 # refused at the call, or held by the mask.
@@ -40,12 +40,12 @@ def eager_of(cls: type[nn.Module]) -> Callable[..., Any]:
         ValueError: the file of the class has none.
     """
     function = own_forward(cls)
-    named = re.search(r"\b(\w*eager_attention_forward)\b", source_of(function))
-    for name in (named[1] if named else "", "eager_attention_forward"):
+    named = re.search(rf"\b(\w*{EAGER})\b", source_of(function))
+    for name in (named[1] if named else "", EAGER):
         if name in function.__globals__:
             return function.__globals__[name]
     raise ValueError(
-        f"{cls.__module__} has no eager_attention_forward; call "
+        f"{cls.__module__} has no {EAGER}; call "
         "model.set_attn_implementation('sdpa') before patching."
     )
 
@@ -116,9 +116,9 @@ def replaced_by(cls: type[nn.Module]) -> str:
         home = {base.__module__.split(".")[0], "transformers", "torch"}
         owners = [getattr(forward, "__globals__", {}).get("__name__", "")]
         used = getattr(own_forward(base), "__globals__", {})
-        if DISPATCH in forward_source(base):
-            owners.append(type(used.get(DISPATCH)).__module__)
-            owners.append(_defined_in(used.get("eager_attention_forward")))
+        if REGISTRY in forward_source(base):
+            owners.append(type(used.get(REGISTRY)).__module__)
+            owners.append(_defined_in(used.get(EAGER)))
         for owner in owners:
             package = owner.split(".")[0]
             if package and package not in home and package != "builtins":

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from attnvariants.hf.eager import replaced_by, unknown_reads
+from attnvariants.hf.names import IMPLEMENTATION, has_implementation
 from attnvariants.hf.source import dispatches, forward_source, text_of
 from attnvariants.hf.sparse import NAMES as PICKS
 from attnvariants.hf.sparse import understood
@@ -68,7 +69,7 @@ class Target:
     def harmed(self) -> bool:
         """Whether it cannot stay as it is beside variants on its config."""
         by_hand = not self.dispatches and not self.apart
-        return by_hand and "_attn_implementation" in _class_sources(type(self.module))
+        return by_hand and IMPLEMENTATION in _class_sources(type(self.module))
 
     @property
     def heads(self) -> int | None:
@@ -170,8 +171,8 @@ def _module_bases(cls: type) -> Iterator[Any]:
 
 
 def _own_config(module: nn.Module) -> Any:
-    """The config in `self.config._attn_implementation` of the module's forward."""
-    named = re.search(r"self\.(\w+)\._attn_implementation", forward_source(type(module)))
+    """The config whose implementation the module's forward reads, `config` where it reads none."""
+    named = re.search(rf"self\.(\w+)\.{IMPLEMENTATION}", forward_source(type(module)))
     return getattr(module, named[1] if named else "config", None)
 
 
@@ -190,7 +191,7 @@ def _refusal(module: nn.Module, config: Any) -> str:
     replaced = replaced_forward(module)
     if replaced:
         return replaced
-    if config is None or not hasattr(config, "_attn_implementation"):
+    if config is None or not has_implementation(config):
         return "it has no config that names its attention implementation"
     source = forward_source(type(module))
     if any(passes(module, name) for name in PICKS) and not understood(source):

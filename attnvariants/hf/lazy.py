@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_map
 
+from attnvariants.hf.names import masking
 from attnvariants.hf.patterns import Pattern, boundaries, pattern_of
 
 _OPERATORS = (
@@ -142,9 +143,7 @@ class LazyMask(BlockMask):
         """
         key = "asked", form
         if key not in self._built:
-            from transformers.masking_utils import eager_mask, sdpa_mask
-
-            function = sdpa_mask if form == "bool" else eager_mask
+            function = masking().sdpa if form == "bool" else masking().eager
             self._built[key] = function(**self.request)
         return self._built[key]
 
@@ -259,10 +258,8 @@ def describe(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, more:
             as transformers' `sdpa_mask` takes them.
     """
-    from transformers.masking_utils import causal_mask_function
-
     compiling = torch.compiler.is_compiling()
-    function = causal_mask_function if mask_function is None else mask_function
+    function = masking().causal if mask_function is None else mask_function
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask = attention_mask.bool()
     steps = isinstance(q_offset, Tensor)
@@ -301,10 +298,8 @@ def describe(
 
 def build_tensor(request: dict[str, Any], form: str) -> Tensor:
     """The mask `[batch, 1, q_len, kv_len]`, never left out."""
-    from transformers.masking_utils import sdpa_mask
-
     skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    mask: Any = sdpa_mask(**{**request, **skips})
+    mask: Any = masking().sdpa(**{**request, **skips})
     return mask if form == "bool" else to_float(mask, request["dtype"])
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from attnvariants.engines import check_impl
 from attnvariants.hf import masks
 from attnvariants.hf.holder import CHILD, AttnVariant
+from attnvariants.hf.names import implementation_of
 from attnvariants.hf.parallel import fills_missing, prepare_tp
 from attnvariants.hf.record import GUARD, RECORD, read_record, resolve_names, restore
 
@@ -341,7 +342,7 @@ def _is_guarded(source: Any, kwargs: dict[str, Any]) -> bool:
     config = kwargs.get("config")
     if isinstance(config, PretrainedConfig):
         parts = (getattr(config, name, None) for name in config.sub_configs)
-        named = (getattr(part, "_attn_implementation", None) for part in (config, *parts))
+        named = (implementation_of(part) for part in (config, *parts))
         return any(name in (GUARD, *masks.KEYS) for name in named)
     where = config if config is not None else source
     if where is None:

@@ -7,7 +7,6 @@ all: padding, windows and packing are lost without a word. So both registries ge
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 import sys
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from attnvariants.hf import names
 from attnvariants.hf.source import text_of
 
 if TYPE_CHECKING:
@@ -38,21 +38,10 @@ def register() -> None:
     Raises:
         ImportError: transformers is missing or older than 4.56.
     """
-    try:
-        from transformers.masking_utils import (
-            ALL_MASK_ATTENTION_FUNCTIONS,
-            eager_mask,
-            sdpa_mask,
-        )
-        from transformers.modeling_utils import AttentionInterface
-    except ImportError as error:
-        raise ImportError(
-            "patching models needs transformers >= 4.56; pip install 'attnvariants[hf]'."
-        ) from error
-
     from attnvariants.hf.dispatch import attention_forward, find_collector
     from attnvariants.hf.lazy import describe
 
+    helpers = names.masking()
     find_collector()
 
     def always(function):
@@ -63,7 +52,7 @@ def register() -> None:
         return mask_function
 
     def implicit(*args, **kwargs):
-        return sdpa_mask(*args, **kwargs)
+        return helpers.sdpa(*args, **kwargs)
 
     def lazy(*args, **kwargs):
         return describe("bool", *args, **kwargs)
@@ -74,16 +63,11 @@ def register() -> None:
     functions = {
         LAZY: lazy,
         LAZY_FLOAT: lazy_float,
-        BOOL: always(sdpa_mask),
-        FLOAT: always(eager_mask),
+        BOOL: always(helpers.sdpa),
+        FLOAT: always(helpers.eager),
         IMPLICIT: implicit,
     }
-    mask_interface = type(ALL_MASK_ATTENTION_FUNCTIONS)
-    for key, mask_function in functions.items():
-        if key not in AttentionInterface._global_mapping:
-            AttentionInterface.register(key, attention_forward)
-        if key not in mask_interface._global_mapping:
-            mask_interface.register(key, mask_function)
+    names.register(attention_forward, functions)
 
 
 def check_mode(mode: Any) -> None:
@@ -128,9 +112,7 @@ def key_of(config: Any, previous: str, targets: list[Target], mode: str | None) 
 
 @functools.cache
 def _has_lazy() -> bool:
-    from transformers.masking_utils import sdpa_mask
-
-    return "q_offset" in inspect.signature(sdpa_mask).parameters
+    return names.masks_know_offsets()
 
 
 @functools.cache

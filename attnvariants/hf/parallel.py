@@ -11,6 +11,7 @@ from torch import nn
 
 from attnvariants.hf.find import Target, attention_modules
 from attnvariants.hf.holder import CHILD
+from attnvariants.hf.names import parallel_styles
 
 # Attention whose query projection has one of these styles computes its own share of the heads.
 _SPLIT = ("colwise", "local_colwise")
@@ -43,7 +44,7 @@ def tp_plan(model: nn.Module, plan: Mapping[str, str] | None = None) -> dict[str
     Returns:
         `pattern of names -> style`, with `*` for layer numbers as in transformers' own plans.
     """
-    styles = _styles()
+    styles = parallel_styles()
     style = next((style for style in _BY_HEADS if style in styles), _BY_HEADS[-1])
     rules: dict[str, str] = {}
     for target in _sharded(model, plan):
@@ -174,15 +175,6 @@ def _merges() -> bool:
 def _own_plan(model: nn.Module) -> dict[str, str]:
     plan = getattr(model, "_tp_plan", None)
     return dict(plan) if isinstance(plan, Mapping) else {}
-
-
-def _styles() -> list[str]:
-    """Names of the styles of the installed transformers; empty if it has no tensor parallelism."""
-    try:
-        from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
-    except ImportError:
-        return []
-    return list(ALL_PARALLEL_STYLES)
 
 
 def _pattern(name: str) -> str:

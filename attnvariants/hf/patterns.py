@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnvariants.hf.names import masking
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -50,11 +52,10 @@ def boundaries(documents: Tensor) -> Tensor | None:
 
 def pattern_of(function: Callable[..., Any]) -> Pattern | None:
     """What a mask function means; None if that is not certain."""
-    from transformers import masking_utils
-
-    if function is masking_utils.causal_mask_function:
+    helpers = masking()
+    if function is helpers.causal:
         return Pattern(right=0)
-    if function is masking_utils.bidirectional_mask_function:
+    if function is helpers.bidirectional:
         return Pattern()
     if torch.compiler.is_compiling():
         # closures cannot be looked into there
@@ -125,24 +126,22 @@ def _kinds() -> dict[Any, Callable[..., Pattern | None]]:
 
     A version of transformers that lacks one, or whose window is another, has it left out.
     """
-    from transformers import masking_utils
-
+    helpers = masking()
     dummy = torch.zeros(1, 7, dtype=torch.int64)
-    makers: list[tuple[str, tuple[Any, ...], Callable[..., Pattern | None]]] = [
-        ("and_masks", (masking_utils.causal_mask_function,), _all_of),
-        ("packed_sequence_mask_function", (dummy,), _packed),
+    makers: list[tuple[Any, tuple[Any, ...], Callable[..., Pattern | None]]] = [
+        (helpers.both, (helpers.causal,), _all_of),
+        (helpers.packed, (dummy,), _packed),
         (
-            "remap_positions_for_packed_sequence",
-            (masking_utils.causal_mask_function, dummy),
+            helpers.remapped,
+            (helpers.causal, dummy),
             _remapped,
         ),
-        ("sliding_window_overlay", (3,), _past_window),
-        ("sliding_window_bidirectional_overlay", (3,), _both_sides),
+        (helpers.window, (3,), _past_window),
+        (helpers.window_both_sides, (3,), _both_sides),
     ]
     rows, cols = torch.arange(7)[:, None], torch.arange(7)
     kinds = {}
-    for name, arguments, kind in makers:
-        maker = getattr(masking_utils, name, None)
+    for maker, arguments, kind in makers:
         if maker is None:
             continue
         function = maker(*arguments)

@@ -1,7 +1,7 @@
 """A cache of fixed size for models patched with cosFormer: a state in place of keys and values.
 
     cache = RecurrentCache(model)
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)  # past_key_values=cache before transformers 5.24
 
 What `attnvariants.recurrent` needs of all earlier tokens is one matrix a head. transformers hands
 new keys to the cache and what the cache returns to attention: the layers here return the new keys
@@ -10,7 +10,6 @@ alone, marked, and the attention function gives a marked call to its layer.
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from typing import Any
 
@@ -23,9 +22,10 @@ from attnvariants import recurrent
 from attnvariants.hf.dispatch import RECURRENT
 from attnvariants.hf.holder import CHILD, Spec
 from attnvariants.hf.lazy import LazyMask
+from attnvariants.hf.names import caches_know_query_lengths
 from attnvariants.registry import get_variant
 
-_ORDINARY = "generate without past_key_values to use an ordinary cache"
+_ORDINARY = "generate without this cache to use an ordinary one"
 
 
 class RecurrentCache(DynamicCache):
@@ -45,7 +45,7 @@ class RecurrentCache(DynamicCache):
     """
 
     def __init__(self, model: nn.Module):
-        if "query_length" not in inspect.signature(CacheLayerMixin.get_mask_sizes).parameters:
+        if not caches_know_query_lengths():
             raise ValueError(
                 "RecurrentCache needs transformers >= 5.5, whose caches tell mask sizes by the "
                 f"number of queries; this is {transformers_version}. Upgrade it."

@@ -12,6 +12,7 @@ from attnvariants.hf import softmax_hook
 from attnvariants.hf.dispatch import PREVIOUS
 from attnvariants.hf.find import Target, attention_modules
 from attnvariants.hf.holder import CHILD, DISPATCH, HOOK
+from attnvariants.hf.names import implementation_of
 
 HEAD = ("module", "class", "layer", "variant", "engine", "parameters", "options")
 
@@ -99,7 +100,7 @@ def _row(target: Target) -> Row:
     holder = getattr(target.module, CHILD, None)
     if holder is None:
         previous = getattr(target.module, PREVIOUS, None)
-        operator = getattr(target.config, "_attn_implementation", None) or "-"
+        operator = implementation_of(target.config) or "-"
         if previous is not None:
             operator = previous[0].__name__
         reason = target.reason

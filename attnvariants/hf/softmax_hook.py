@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from attnvariants.autocast import no_autocast
 from attnvariants.hf.find import Target, forward_source, replaced_forward
 from attnvariants.hf.holder import CHILD, HOOK, Spec
+from attnvariants.hf.names import IMPLEMENTATION, implementation_of
 from attnvariants.hf.softmax_known import Known, known_of, known_parent
 from attnvariants.problem import compute_dtype
 from attnvariants.reference import row_weights
@@ -217,10 +218,10 @@ def refusal(
     biased = known.bias if isinstance(known.bias, bool) else bool(_value(target, known.bias))
     # of transformers 4, where many classes could hold one
     biased |= str(getattr(target.module, "position_embedding_type", "")).startswith("relative")
-    used = getattr(target.config, "_attn_implementation", None)
+    used = implementation_of(target.config)
     if used not in ("eager", "sdpa", None):
         return f"its config names {used!r}; load the model with attn_implementation='eager'"
-    if known.sdpa and used == "sdpa" and "config._attn_implementation" not in forward_source(cls):
+    if known.sdpa and used == "sdpa" and f"config.{IMPLEMENTATION}" not in forward_source(cls):
         return "it was built for sdpa; load the model with attn_implementation='eager'"
     if known.sdpa and biased and used == "sdpa":
         return (
@@ -266,7 +267,7 @@ def _value(target: Target, name: str) -> Any:
 def needs_eager(target: Target) -> bool:
     """Whether the module must be told to compute its softmax itself."""
     known = known_of(type(target.module))
-    return known is not None and known.sdpa and target.config._attn_implementation == "sdpa"
+    return known is not None and known.sdpa and implementation_of(target.config) == "sdpa"
 
 
 def install(target: Target) -> None:

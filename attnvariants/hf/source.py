@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-DISPATCH = "ALL_ATTENTION_FUNCTIONS"
+from attnvariants.hf.names import REGISTRY
 
 
 @functools.cache
@@ -33,7 +33,7 @@ def own_forward(cls: type[nn.Module]) -> Callable[..., Any]:
         if "forward" not in base.__dict__:
             continue
         source = source_of(base.__dict__["forward"])
-        if DISPATCH in source or not re.search(r"super\([^)]*\)\.forward\(", source):
+        if REGISTRY in source or not re.search(r"super\([^)]*\)\.forward\(", source):
             return inspect.unwrap(base.__dict__["forward"])
     return cls.forward
 
@@ -45,4 +45,4 @@ def forward_source(cls: type[nn.Module]) -> str:
 
 def dispatches(cls: type[nn.Module]) -> bool:
     """Whether the class calls attention through transformers' attention interface."""
-    return DISPATCH in forward_source(cls)
+    return REGISTRY in forward_source(cls)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attnvariants.hf.lazy import LazyMask
+from attnvariants.hf.names import IMPLEMENTATION
 
 _KEYS = re.compile(r"\.scatter\(\s*-1,\s*topk_indices\.long\(\),\s*False\s*\)")
 _BLOCKS = "self.indexer.build_block_mask("
@@ -22,7 +23,7 @@ NAMES = ("indices", "block_indices")
 def understood(source: str) -> bool:
     """Whether a forward, by its source, means by its indices what `picked` makes of them."""
     own_mask = _KEYS.search(source) or _BLOCKS in source
-    return bool(own_mask) and '_attn_implementation in ("eager", "sdpa")' in source
+    return bool(own_mask) and f'{IMPLEMENTATION} in ("eager", "sdpa")' in source
 
 
 def picked(

@@ -11,6 +11,7 @@ from attnvariants.hf import masks, softmax_hook
 from attnvariants.hf.dispatch import PREVIOUS, previous_of
 from attnvariants.hf.find import Target
 from attnvariants.hf.holder import CHILD, HOOK, AttnVariant
+from attnvariants.hf.names import implementation_of, set_implementation
 from attnvariants.hf.record import RECORD, entries_of, record_of
 from attnvariants.hf.wrappers import plain_name, refuse_peft
 
@@ -96,7 +97,7 @@ def switch(
     by_hand = [target for target in chosen if not target.dispatches]
     chosen = [target for target in chosen if target.dispatches]
     for config in (config for target in chosen for config in target.configs):
-        now = config._attn_implementation
+        now = implementation_of(config)
         if now not in masks.KEYS:
             steps[id(config)] = config, now
         elif id(config) not in known:
@@ -128,12 +129,12 @@ def switch(
     state.configs = [pair for pair in state.configs if id(pair[0]) not in steps]
     for config, now in steps.values():
         state.configs.append((config, now))
-        config._attn_implementation_internal = masks.key_of(config, now or "eager", targets, mode)
+        set_implementation(config, masks.key_of(config, now or "eager", targets, mode))
     for target in filter(softmax_hook.needs_eager, by_hand):
         for config in target.configs:
             state.eager = [pair for pair in state.eager if pair[0] is not config]
-            state.eager.append((config, config._attn_implementation))
-            config._attn_implementation_internal = "eager"
+            state.eager.append((config, implementation_of(config)))
+            set_implementation(config, "eager")
 
 
 def remove(model: nn.Module, handles: list[Any]) -> None:
@@ -152,11 +153,11 @@ def remove(model: nn.Module, handles: list[Any]) -> None:
         return
     for config, previous in state.configs:
         # An implementation that was set meanwhile is the user's choice.
-        if config._attn_implementation in masks.KEYS:
-            config._attn_implementation_internal = previous
+        if implementation_of(config) in masks.KEYS:
+            set_implementation(config, previous)
     for config, previous in state.eager:
-        if config._attn_implementation == "eager":
-            config._attn_implementation_internal = previous
+        if implementation_of(config) == "eager":
+            set_implementation(config, previous)
     for module in model.modules():
         module.__dict__.pop(PREVIOUS, None)
     for config, before in state.records:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnvariants.hf.names import unwrap
+
 _INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
@@ -66,12 +68,11 @@ def unwrapped(model: Any) -> Any:
         ValueError: there is none, or PEFT has put adapters into it.
     """
     from transformers import PreTrainedModel
-    from transformers.modeling_utils import unwrap_model
 
     if not isinstance(model, nn.Module):
         raise ValueError(f"save_pretrained takes a torch model, got {type(model).__name__}.")
-    whole = unwrap_model(model)
-    whole = unwrap_model(getattr(whole, "_orig_mod", whole))
+    whole = unwrap(model)
+    whole = unwrap(getattr(whole, "_orig_mod", whole))
     if is_peft(whole):
         raise ValueError(
             f"{type(whole).__name__} carries PEFT adapters, which save_pretrained would tear from "

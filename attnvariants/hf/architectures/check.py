@@ -18,6 +18,7 @@ from attnvariants.hf.architectures.check_model import model_of
 from attnvariants.hf.architectures.drive import cases_of, runnable, state_of_model
 from attnvariants.hf.build import requests_of
 from attnvariants.hf.find import attention_modules
+from attnvariants.hf.names import implementation_of, set_implementation
 from attnvariants.hf.outputs import Case, difference, meaning_of, outputs_of, sentence
 from attnvariants.hf.patcher import Patch, patch
 from attnvariants.hf.plan import check_backend
@@ -287,16 +288,16 @@ def _eager(model: nn.Module) -> Iterator[None]:
         id(config): config
         for module in model.modules()
         if (config := getattr(module, "config", None)) is not None
-        and getattr(config, "_attn_implementation", None) is not None
+        and implementation_of(config) is not None
     }
-    before = {key: config._attn_implementation for key, config in configs.items()}
+    before = {key: implementation_of(config) for key, config in configs.items()}
     try:
         for config in configs.values():
-            config._attn_implementation_internal = "eager"
+            set_implementation(config, "eager")
         yield
     finally:
         for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
+            set_implementation(config, before[key])
 
 
 def _half(model: nn.Module) -> bool:

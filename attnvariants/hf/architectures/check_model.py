@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from attnvariants.hf.architectures.tiny import model_class, randomise, tiny_config
+from attnvariants.hf.names import implementation_of, set_implementation
 from attnvariants.hf.outputs import sentence
 from attnvariants.hf.patcher import unpatch
 from attnvariants.hf.record import GUARD, RECORD
@@ -114,8 +115,8 @@ def _random(config: Any) -> tuple[str, nn.Module]:
     # what a folder records of patches belongs to its weights
     config = copy.deepcopy(config)
     config.__dict__.pop(RECORD, None)
-    if getattr(config, "_attn_implementation", None) == GUARD:
-        config._attn_implementation_internal = None
+    if implementation_of(config) == GUARD:
+        set_implementation(config, None)
     cls = _class_of(config)
     what = "random weights"
     try:

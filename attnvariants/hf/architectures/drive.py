@@ -13,6 +13,7 @@ from torch import nn
 from attnvariants.hf.find import Target, attention_modules
 from attnvariants.hf.holder import CHILD
 from attnvariants.hf.inputs import Sample, parameters, samples
+from attnvariants.hf.names import implementation_of
 from attnvariants.hf.outputs import Case, outputs_of, sentence
 from attnvariants.hf.patcher import Patch, patch
 
@@ -126,6 +127,6 @@ def watching(model: nn.Module) -> Iterator[Calls]:
 def state_of_model(model: nn.Module) -> tuple[Any, ...]:
     """What a removed patch must have put back, besides outputs."""
     configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    operators = [getattr(config, "_attn_implementation", None) for config in configs]
+    operators = [implementation_of(config) for config in configs]
     fields = [str(config.to_dict()) for config in configs[:1] if hasattr(config, "to_dict")]
     return list(model.state_dict()), fields, operators

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from attnvariants.hf.architectures.tiny_table import HEADS, OVERRIDES, RULES, SEEDS
+from attnvariants.hf.names import implementation_of, set_implementation
 
 _TOKEN = re.compile(r"(token_id|token_index|_token_ids|bos_id|eos_id|im_\w+_id|image_patch_id)$")
 _FIRST_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -327,9 +328,9 @@ def make_eager(model: nn.Module) -> None:
     """Let every part of a model compute attention by the code of its own file."""
     for module in model.modules():
         config = getattr(module, "config", None)
-        now = getattr(config, "_attn_implementation", None)
+        now = implementation_of(config)
         if config is not None and now not in (None, "eager"):
-            config._attn_implementation_internal = "eager"
+            set_implementation(config, "eager")
 
 
 def randomise(model: nn.Module) -> None:
