@@ -1,10 +1,4 @@
-"""The conformance suite: every part of the contract, for any variant and engine.
-
-from attnvariants.testing import conformance
-print(conformance("my_variant", impl="triton"))
-
-Kernels need a GPU, or TRITON_INTERPRET=1 in the environment before anything is imported.
-"""
+"""The conformance suite: every part of the contract, for any variant and engine."""
 
 from __future__ import annotations
 
