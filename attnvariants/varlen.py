@@ -153,7 +153,10 @@ def pack(
         longest.append(max((b - a for a, b in pairwise(bounds)), default=0))
         if limit is not None and longest[-1] > limit:
             raise ValueError(f"{name} is {limit}, but a sequence has {longest[-1]} tokens.")
-    cu_q, cu_k = (cu.to(query.device, torch.int32) for cu in (cu_seqlens_q, cu_seqlens_k))
+    # kernels read them as neighbours in memory
+    cu_q, cu_k = (
+        cu.to(query.device, torch.int32).contiguous() for cu in (cu_seqlens_q, cu_seqlens_k)
+    )
     return Packed(cu_q, cu_k, *longest)
 
 

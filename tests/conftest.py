@@ -1,4 +1,4 @@
-"""What every interpreted test needs: uninitialised memory that shows, and a true bfloat16."""
+"""What every interpreted test needs: uninitialised memory that shows."""
 
 from functools import wraps
 
@@ -26,28 +26,3 @@ def poison(monkeypatch):
     if INTERPRETED:
         for name in ("empty", "empty_like"):
             monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
-
-
-@pytest.fixture(autouse=True)
-def bfloat16(monkeypatch):
-    """Triton's interpreter truncates to bfloat16 and multiplies its bits; a GPU does neither."""
-    if not INTERPRETED:
-        return
-    from triton import language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-
-    def rounded(self, source, dtype):
-        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, source, dtype)
-        values = torch.from_numpy(source.data.copy()).bfloat16()
-        return TensorHandle(values.view(torch.uint16).numpy(), tl.bfloat16)
-
-    def widened(self, a, b, *rest):
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = (cast(self, x, tl.float32) for x in (a, b))
-        return dot(self, a, b, *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounded)
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)

@@ -34,7 +34,7 @@ def _load_rows(
     """A tuple of COUNT row vectors, expanded along AXIS."""
     found = (_load_row(pointer, mask, AXIS, EDGE),)
     for i in tl.static_range(1, COUNT):
-        found = found + (_load_row(pointer + i * plane, mask, AXIS, EDGE),)
+        found = found + (_load_row(pointer + i * tl.cast(plane, tl.int64), mask, AXIS, EDGE),)
     return found
 
 
@@ -309,7 +309,7 @@ def dkv_kernel(
     them in registers.
     """
     n0 = tl.program_id(0) * BLOCK_N
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     z = tl.program_id(2)
     batch, first_q, first_k, M, N, offset = sequence(z, M, N, offset, extra)
     if n0 >= N:
@@ -330,10 +330,11 @@ def dkv_kernel(
     group = heads // kv_heads
     # lists hold the tiles of all heads
     rounds = group if places is None else 1
-    m0, head = full, kv_head * group
+    first_head = tl.program_id(1) * group
+    m0, head = full, first_head
     for i in tl.range(rounds * ((edge - full) // BLOCK_M), disable_licm=cuda_capability_geq(9)):
         if places is not None:
-            m0, head = _listed_tile(places + i, M, kv_head * group, BLOCK_M)
+            m0, head = _listed_tile(places + i, M, first_head, BLOCK_M)
         dk, dv = _dkv_tile(
             dk, dv, k, v, q_ptr, grad_ptr, saved_ptr, delta_ptr, q_strides, grad_strides, m0, n0,
             scale, theta, batch, head, z, first_q, total_q, plane, at, heads, extra, OPS, DIM,
@@ -341,12 +342,12 @@ def dkv_kernel(
         )  # fmt: skip
         if places is None:
             m0, head = _next_tile(m0, head, full, edge, BLOCK_M)
-    tile, head = edges * 0, kv_head * group
+    tile, head = edges * 0, first_head
     for i in tl.range(rounds * edges, num_stages=1, disable_licm=cuda_capability_geq(9)):
         if places is None:
             m0 = edge_tile(tile, start, edge, before, BLOCK_M)
         else:
-            m0, head = _listed_tile(places + edge // BLOCK_M + i, M, kv_head * group, BLOCK_M)
+            m0, head = _listed_tile(places + edge // BLOCK_M + i, M, first_head, BLOCK_M)
         dk, dv = _dkv_tile(
             dk, dv, k, v, q_ptr, grad_ptr, saved_ptr, delta_ptr, q_strides, grad_strides, m0, n0,
             scale, theta, batch, head, z, first_q, total_q, plane, at, heads, extra, OPS, DIM,

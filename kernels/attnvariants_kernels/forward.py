@@ -152,4 +152,4 @@ def forward_kernel(
     )
     where = saved_ptr + (batch * heads + head) * total_q + first_q + rows
     for i in tl.static_range(OPS.saves - OPS.listed):
-        tl.store(where + i * plane, saved[i], mask=rows < M)
+        tl.store(where + i * tl.cast(plane, tl.int64), saved[i], mask=rows < M)

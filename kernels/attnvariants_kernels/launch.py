@@ -10,6 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from attnvariants_kernels._triton import INTERPRETED, triton
+from attnvariants_kernels.interpreter import true_bfloat16
+
+# Token strides up to this one keep the offsets inside a tile, of 128 rows at most, in 32 bits.
+_WIDEST_STRIDE = 2**24
 
 
 class Config(NamedTuple):
@@ -60,7 +64,7 @@ class Launch:
     def run(self) -> None:
         """Launch it; an empty grid does nothing."""
         if all(self.grid):
-            with self._on_device():
+            with true_bfloat16() if INTERPRETED else self._on_device():
                 self.kernel[self.grid](**self.arguments, **self.constants, **self._compile_options)
 
     def _on_device(self) -> AbstractContextManager[Any]:
@@ -109,6 +113,17 @@ def run_first(make: Callable[[Config], Sequence[Launch]], configs: Sequence[Conf
     for launch in make(configs[-1] if not INTERPRETED else configs[0]):
         launch.run()
     return configs[-1]
+
+
+def addressable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy where its strides are beyond the kernels: [.., rows, width].
+
+    They take any strides of the leading dimensions, neighbours along the last, and rows so far
+    apart that a tile is not further across than 32 bits count.
+    """
+    neighbours = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+    near = tensor.stride(-2) <= _WIDEST_STRIDE or tensor.shape[-2] == 1
+    return tensor if neighbours and near else tensor.contiguous()
 
 
 def target_of(name: str) -> Any:

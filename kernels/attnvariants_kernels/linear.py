@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnvariants_kernels.launch import Launch
+from attnvariants_kernels.launch import Launch, addressable
 from attnvariants_kernels.linear_plan import Call, State, backward_steps, forward_steps, run
 
 
@@ -41,7 +41,7 @@ def forward(
         not clamped; `State` if asked for.
     """
     call = Call(**call)
-    q, k, v = (_dense(tensor) for tensor in (q, k, v))
+    q, k, v = (addressable(tensor) for tensor in (q, k, v))
     out, norm, state = _results(q, k, v, call, return_state)
     run(forward_steps(q, k, v, out, norm, state, call))
     return (out, norm, state) if state else (out, norm)
@@ -56,7 +56,7 @@ def backward(
     summed in order.
     """
     call = Call(**call)
-    grad_out, q, k, v, out = (_dense(tensor) for tensor in (grad_out, q, k, v, out))
+    grad_out, q, k, v, out = (addressable(tensor) for tensor in (grad_out, q, k, v, out))
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     run(backward_steps(grad_out, q, k, v, out, norm.contiguous(), *grads, call))
     return grads
@@ -132,11 +132,6 @@ def plan_backward(
     grads = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     steps = backward_steps(grad_out, q, k, v, out, norm, *grads, Call(**call), architecture)
     return {name: step.make(step.configs[0]) for name, step in steps.items()}
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """Kernels take any strides but that of the last dimension, which must be 1."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _results(

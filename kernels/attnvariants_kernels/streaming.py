@@ -15,7 +15,7 @@ from attnvariants_kernels import forward as kernels_forward
 from attnvariants_kernels import threshold_plan, tuning
 from attnvariants_kernels._triton import INTERPRETED, triton
 from attnvariants_kernels.hooks import Hooks
-from attnvariants_kernels.launch import Config, Launch, run_first
+from attnvariants_kernels.launch import Config, Launch, addressable, run_first
 from attnvariants_kernels.tiles import Dropout, Extra
 
 
@@ -105,11 +105,6 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, call: Call, architecture: str | None
 
 def _rows_strides(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.stride()[:3])
-
-
-def _ready(tensor: Tensor) -> Tensor:
-    """Kernels take any strides but that of the last dimension, which must be 1."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _extra(call: Call) -> Extra:
@@ -247,7 +242,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, hooks: Hooks) -> tuple[
         call: the rest of the call.
         hooks: the variant.
     """
-    q, k, v = _ready(q), _ready(k), _ready(v)
+    q, k, v = addressable(q), addressable(k), addressable(v)
     sizes = _sizes(q, k, v, call, None)
     out = torch.empty(*q.shape[:3], v.shape[3], dtype=v.dtype, device=v.device)
     saved = torch.empty(hooks.saves, *q.shape[:3], dtype=torch.float32, device=q.device)
@@ -326,8 +321,8 @@ def backward(
     Those of bias, [B, H, M, N], and slopes, [B, H, M], are float32 and not yet summed over what
     was broadcast: a sum in a fixed order is the caller's. No atomics: two runs are bitwise equal.
     """
-    q, k, v = _ready(q), _ready(k), _ready(v)
-    out, grad_out = _ready(out), _ready(grad_out)
+    q, k, v = addressable(q), addressable(k), addressable(v)
+    out, grad_out = addressable(out), addressable(grad_out)
     # its planes are found by their size alone
     saved = saved.contiguous()
     sizes = _sizes(q, k, v, call, None)

@@ -237,12 +237,13 @@ def solve_kernel(
     tl.store(where, m, mask=rows < M)
     tl.store(where + plane, tau, mask=rows < M)
     sound = stats[4] == stats[4]
-    tl.store(where + 2 * plane, tl.where(sound, found, -1).to(tl.float32), mask=rows < M)
+    sizes = where + 2 * tl.cast(plane, tl.int64)
+    tl.store(sizes, tl.where(sound, found, -1).to(tl.float32), mask=rows < M)
     tl.debug_barrier()
     tau = tl.load(where + plane, mask=rows < M, other=0.0)
-    found = tl.load(where + 2 * plane, mask=rows < M, other=0.0).to(tl.int32)
+    found = tl.load(sizes, mask=rows < M, other=0.0).to(tl.int32)
     tau = _solve(kept_ptr, tau, found, BLOCK_M, KEEP)
-    tau = tl.where(tl.load(where + 2 * plane, mask=rows < M, other=0.0) < 0, float("nan"), tau)
+    tau = tl.where(tl.load(sizes, mask=rows < M, other=0.0) < 0, float("nan"), tau)
     tl.store(where + plane, tau, mask=rows < M)
     width_of_bit = _bits_each(m0, M, N, BLOCK_M, WIDE)
     words = lines * 0
@@ -252,7 +253,8 @@ def solve_kernel(
     for i in range(0, listed_edges):
         bit = tl.load(borders - i) // width_of_bit
         words = words | tl.where(lines == bit // 32, 1 << (bit % 32), 0)
-    active_ptr = saved_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + _ACTIVE * plane
+    active_ptr = saved_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    active_ptr += _ACTIVE * tl.cast(plane, tl.int64)
     active_ptr += (batch * heads + head) * total_q + first_q
     tl.store(active_ptr + rows, words, mask=rows < M)
     if sweeps_ptr is not None:
@@ -306,7 +308,8 @@ def list_kernel(
         fulls = (edge - full) // BLOCK_N
         group = 1
         first = head
-    active_ptr = saved_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + _ACTIVE * plane
+    active_ptr = saved_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    active_ptr += _ACTIVE * tl.cast(plane, tl.int64)
     active_ptr += (batch * heads + first) * total_q + first_q
     places_ptr += program * width
     rounded = tl.cdiv(M, BLOCK_M) * BLOCK_M

@@ -225,7 +225,8 @@ def shaped_scores(
         cap_slope = 1.0 - t * t
         x = t * extra.softcap
     if extra.slopes is not None:
-        slope = tl.load(extra.slopes + z * extra.slopes_strides[0] + head * extra.slopes_strides[1])
+        strides = extra.slopes_strides
+        slope = tl.load(extra.slopes + z.to(tl.int64) * strides[0] + head * strides[1])
         x = x - slope * tl.abs(rows + offset - cols).to(tl.float32)
     if extra.bias is not None:
         strides = extra.bias_strides
