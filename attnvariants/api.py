@@ -12,6 +12,7 @@ from attnvariants import chunked, engines, reference
 from attnvariants.autocast import autocast_inputs, no_autocast
 from attnvariants.problem import build, prepare
 from attnvariants.registry import Variant, get_variant
+from attnvariants.scalars import check_flag
 
 
 def attention(
@@ -115,6 +116,8 @@ def _attention(
     return_stats: bool = False,
     **call: Any,
 ) -> Any:
+    return_weights = check_flag("return_weights", return_weights)
+    return_stats = check_flag("return_stats", return_stats)
     query, key, value = autocast_inputs(query, key, value)
     with no_autocast(query):
         problem = build(query, key, value, variant, options, **call)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.masked import MaskedTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-_DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
-_LAYOUTS = {4: "[batch, heads, tokens, head_dim]", 3: "[tokens, heads, head_dim]"}
+DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
 def readable(tensor: Tensor) -> bool:
@@ -27,136 +26,184 @@ def readable(tensor: Tensor) -> bool:
     return not tensor.is_meta
 
 
-def check_qkv(query: Tensor, key: Tensor, value: Tensor, rank: int = 4) -> None:
-    """Ranks, dtypes, devices, and sizes that must agree, of `rank`-dimensional inputs."""
-    named = {"query": query, "key": key, "value": value}
+@dataclass(frozen=True)
+class Layout:
+    """How query, key and value come to a function, and what it calls them."""
+
+    names: tuple[str, str, str]
+    axes: str
+    head: int
+    token: int
+    swapped: str
+
+    @property
+    def rank(self) -> int:
+        """Number of dimensions."""
+        return self.axes.count(",") + 1
+
+
+_NAMES = ("query", "key", "value"), ("q", "k", "v")
+ATTENTION = Layout(
+    _NAMES[0],
+    "[batch, heads, tokens, head_dim]",
+    head=1,
+    token=2,
+    swapped="flash-attn's [batch, tokens, heads, head_dim]: pass each with .transpose(1, 2), or "
+    "call flash_attn_func",
+)
+PACKED = Layout(
+    _NAMES[0],
+    "[tokens, heads, head_dim]",
+    head=1,
+    token=0,
+    swapped="[heads, tokens, head_dim]: pass each with .transpose(0, 1)",
+)
+FLASH = Layout(
+    _NAMES[1],
+    "[batch, tokens, heads, head_dim]",
+    head=2,
+    token=1,
+    swapped="[batch, heads, tokens, head_dim]: pass each with .transpose(1, 2), or call attention",
+)
+FLASH_PACKED = replace(PACKED, names=_NAMES[1])
+
+
+def dense(name: str, tensor: Any) -> Tensor:
+    """`tensor` if it is one that every engine can read.
+
+    Raises:
+        ValueError: it is no tensor, or a sparse, nested, quantized or masked one.
+    """
+    if not isinstance(tensor, Tensor):
+        array = hasattr(tensor, "__array__") or isinstance(tensor, (list, tuple))
+        hint = "; convert it with torch.as_tensor" if array else ""
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{hint}.")
+    if isinstance(tensor, MaskedTensor):
+        raise ValueError(
+            f"{name} must be a plain tensor, got a MaskedTensor; pass its get_data(), and its "
+            "get_mask() as attn_mask."
+        )
+    if tensor.is_nested:
+        raise ValueError(
+            f"{name} must be a plain tensor, got a nested one; pack its sequences one after "
+            "another and call attention_varlen with their boundaries."
+        )
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be dense, got {tensor.layout}; pass {name}.to_dense().")
+    if tensor.is_quantized:
+        raise ValueError(
+            f"{name} must not be quantized, got {tensor.dtype}; pass {name}.dequantize()."
+        )
+    return tensor
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless its dtype is one that is computed with."""
+    if tensor.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} must be floating point of 16, 32 or 64 bits, got {tensor.dtype}; convert it."
+        )
+
+
+def check_qkv(query: Tensor, key: Tensor, value: Tensor, layout: Layout = ATTENTION) -> None:
+    """Ranks, dtypes, devices, and sizes that must agree."""
+    q, k, v = layout.names
+    named = {q: query, k: key, v: value}
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
-        if tensor.dim() != rank:
+        dense(name, tensor)
+        if tensor.dim() != layout.rank:
             raise ValueError(
-                f"{name} must have {rank} dimensions, {_LAYOUTS[rank]}, "
+                f"{name} must have {layout.rank} dimensions, {layout.axes}, "
                 f"got shape {list(tensor.shape)}."
             )
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(
-                f"{name} must be floating point of 16, 32 or 64 bits, got {tensor.dtype}; "
-                "convert it."
-            )
-    for name in ("key", "value"):
+        check_floating(name, tensor)
+    for name in (k, v):
         if named[name].dtype != query.dtype:
             raise ValueError(
-                f"{name} must have query's dtype {query.dtype}, got {named[name].dtype}; "
+                f"{name} must have {q}'s dtype {query.dtype}, got {named[name].dtype}; "
                 "convert one of them."
             )
         if named[name].device != query.device:
             raise ValueError(
-                f"{name} must be on query's device {query.device}, got {named[name].device}; "
+                f"{name} must be on {q}'s device {query.device}, got {named[name].device}; "
                 "move one of them."
             )
-    head, token = (1, 2) if rank == 4 else (1, 0)
-    if rank == 4 and not query.shape[0] == key.shape[0] == value.shape[0]:
+    head, token = layout.head, layout.token
+    if layout.rank == 4 and not query.shape[0] == key.shape[0] == value.shape[0]:
         raise ValueError(
-            "query, key and value must have one batch size, "
+            f"{q}, {k} and {v} must have one batch size, "
             f"got {query.shape[0]}, {key.shape[0]} and {value.shape[0]}."
         )
     if key.shape[head] != value.shape[head]:
         raise ValueError(
-            f"key and value must have as many heads, got {key.shape[head]} and {value.shape[head]}."
+            f"{k} and {v} must have as many heads, got {key.shape[head]} and {value.shape[head]}."
         )
     if key.shape[token] != value.shape[token]:
         raise ValueError(
-            "key and value must have as many tokens, "
+            f"{k} and {v} must have as many tokens, "
             f"got {key.shape[token]} and {value.shape[token]}."
         )
     if key.shape[-1] != query.shape[-1] or not query.shape[-1]:
         raise ValueError(
-            "query and key must have one head_dim, at least 1, "
+            f"{q} and {k} must have one head_dim, at least 1, "
             f"got {query.shape[-1]} and {key.shape[-1]}."
         )
-    heads, kv_heads = query.shape[head], key.shape[head]
-    if not kv_heads or heads % kv_heads or not heads:
+    if not _groups(query.shape[head], key.shape[head]):
+        swapped = _groups(query.shape[token], key.shape[token])
         raise ValueError(
-            f"key has {kv_heads} heads and query has {heads}; the number of query heads must be a "
-            "positive multiple of the number of key heads."
+            f"{k} has {key.shape[head]} heads and {q} has {query.shape[head]}; the number of "
+            f"query heads must be a positive multiple of the number of key heads in {layout.axes}."
+            f"{f' They may be {layout.swapped}.' if swapped else ''}"
         )
 
 
-def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    """`value` as a finite float within bounds."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        if value.requires_grad:
-            raise ValueError(
-                f"{name} must be a number, got a tensor that requires a gradient, which it would "
-                "not get; multiply query by it instead."
-            )
-        value = value.item()
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # comparisons, which a symbolic number of a call being compiled has too
-    if not number or not abs(value) < math.inf or not low <= value <= high:
-        between = "" if low == -math.inf else f" >= {low:g}"
-        between += "" if high == math.inf else f" and <= {high:g}"
-        raise ValueError(f"{name} must be a finite number{between}, got {value!r}.")
-    return float(value)
-
-
-def check_window(window_size: Any) -> tuple[int | None, int | None]:
-    """(left, right) with None for unlimited."""
-    if window_size is None:
-        return None, None
-    pair = isinstance(window_size, Sequence) and len(window_size) == 2
-    if not pair or not all(isinstance(w, int) and not isinstance(w, bool) for w in window_size):
-        raise ValueError(
-            "window_size must be two integers (left, right), -1 for unlimited, "
-            f"got {window_size!r}."
-        )
-    if min(window_size) < -1:
-        raise ValueError(
-            f"window_size must not be negative (but -1, for unlimited), got {tuple(window_size)}."
-        )
-    left, right = (None if size == -1 else size for size in window_size)
-    return left, right
-
-
-def check_position(position: Any, device: torch.device) -> None:
-    """An integer >= 0, or an int64 scalar tensor."""
-    if isinstance(position, Tensor):
-        if position.dim() or position.dtype != torch.int64 or position.device != device:
-            raise ValueError(
-                f"position must be an integer or an int64 scalar on {device}, got shape "
-                f"{list(position.shape)} of {position.dtype} on {position.device}."
-            )
-        return
-    whole = isinstance(position, (int, torch.SymInt)) and not isinstance(position, bool)
-    if not whole or position < 0:
-        raise ValueError(f"position must be an integer >= 0 or an int64 scalar, got {position!r}.")
-
-
-def check_flag(name: str, value: Any) -> bool:
-    """`value` as a bool."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}.")
-    return value
+def _groups(heads: int, kv_heads: int) -> bool:
+    """Whether so many query heads can share so many key heads."""
+    return bool(heads and kv_heads) and heads % kv_heads == 0
 
 
 def broadcastable(name: str, tensor: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """`tensor` as 4-D, its sizes those of `shape` or 1."""
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+    dense(name, tensor)
     if tensor.device != device:
         raise ValueError(
             f"{name} must be on query's device {device}, got {tensor.device}; move it."
         )
     sizes = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
     if len(sizes) != 4 or any(s not in (1, full) for s, full in zip(sizes, shape, strict=True)):
-        hint = ""
-        if tensor.dim() == 2 and tuple(tensor.shape) == (shape[0], shape[3]):
-            hint = " A key-padding mask [batch, kv_len] goes in as mask[:, None, None, :]."
         raise ValueError(
             f"{name} must broadcast to [batch, heads, q_len, kv_len] = {list(shape)}, "
-            f"got shape {list(tensor.shape)}.{hint}"
+            f"got shape {list(tensor.shape)}.{_mask_hint(name, tuple(tensor.shape), shape)}"
         )
     return tensor.view(sizes)
+
+
+def _mask_hint(name: str, got: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """What a mask of another shape may have been meant as, and how to pass that."""
+    batch, heads, q_len, kv_len = shape
+    if got == (batch, kv_len):
+        return f" A key-padding mask [batch, kv_len] goes in as {_view(name)}[:, None, None, :]."
+    if len(got) == 3 and got[0] == batch and got[1] in (1, q_len) and got[2] in (1, kv_len):
+        return f" A mask [batch, q_len, kv_len] goes in as {_view(name)}[:, None]."
+    if got == (batch * heads, q_len, kv_len):
+        return (
+            f" A mask [batch * heads, q_len, kv_len] goes in as "
+            f"{name}.unflatten(0, ({batch}, {heads}))."
+        )
+    if got[-2:] == (kv_len, q_len) and q_len != kv_len:
+        return f" The last two sizes are [q_len, kv_len]: if they are swapped, pass {name}.mT."
+    if got[-2:] == (heads, heads) and q_len != heads:
+        return (
+            " If query is flash-attn's [batch, tokens, heads, head_dim], pass query, key and value "
+            "with .transpose(1, 2)."
+        )
+    if len(got) <= 4 and got[-1] > kv_len:
+        return f" There are {kv_len} keys: if those behind them are empty, cut {name} to them."
+    return ""
+
+
+def _view(name: str) -> str:
+    return "mask" if name == "attn_mask" else name
 
 
 def collapse(mask: Tensor) -> Tensor:
@@ -183,6 +230,7 @@ def check_slopes(slopes: Any, batch: int, heads: int, device: torch.device) -> T
         raise ValueError(
             f"alibi_slopes must be a floating tensor [heads] or [batch, heads], got {got}."
         )
+    check_floating("alibi_slopes", dense("alibi_slopes", slopes))
     if slopes.device != device:
         raise ValueError(
             f"alibi_slopes must be on query's device {device}, got {slopes.device}; move it."
@@ -202,14 +250,17 @@ def check_slopes(slopes: Any, batch: int, heads: int, device: torch.device) -> T
 _read: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Any, tokens: int, of: str) -> list[int] | None:
-    """The boundaries of packed sequences as integers; None where they cannot be read."""
+def check_cu_seqlens(name: str, cu_seqlens: Any, tokens: int | None, of: str) -> list[int] | None:
+    """The boundaries of packed sequences as integers; None where they cannot be read.
+
+    They end at `tokens`, or anywhere if that is None.
+    """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise ValueError(
             f"{name} must be an int32 or int64 tensor [sequences + 1], got {got}; convert it."
         )
-    if cu_seqlens.dim() != 1 or not cu_seqlens.numel():
+    if dense(name, cu_seqlens).dim() != 1 or not cu_seqlens.numel():
         raise ValueError(f"{name} must have shape [sequences + 1], got {list(cu_seqlens.shape)}.")
     if not readable(cu_seqlens):
         return None
@@ -218,7 +269,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Any, tokens: int, of: str) -> list[i
         raise ValueError(f"{name} must start at 0, got {bounds[0]}.")
     if any(later < earlier for earlier, later in pairwise(bounds)):
         raise ValueError(f"{name} must not decrease, got {bounds}.")
-    if bounds[-1] != tokens:
+    if tokens is not None and bounds[-1] != tokens:
         raise ValueError(
             f"{name} must end at the number of {of} tokens, {tokens}, got {bounds[-1]}."
         )

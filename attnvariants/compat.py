@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnvariants import checks
 from attnvariants.api import _attention, attention
 from attnvariants.engines import check_impl
+from attnvariants.paging import used_keys
 from attnvariants.problem import RowStats
-from attnvariants.registry import Variant, get_variant
+from attnvariants.registry import CALL_ARGUMENTS, Variant, get_variant
+from attnvariants.scalars import check_flag, check_number
 from attnvariants.varlen import attention_varlen
+
+# Keyword arguments of flash-attn 3 and 4 and of the functions under flash-attn 2's own, and what
+# to do without each.
+_LATER = {
+    **dict.fromkeys(("num_splits", "pack_gqa", "sm_margin"), ", it changes no result"),
+    **dict.fromkeys(("q_descale", "k_descale", "v_descale"), " and multiply by it what it scales"),
+    **dict.fromkeys(("s_aux", "learnable_sink", "sinks"), "; its sinks are not computed here"),
+    **dict.fromkeys(("score_mod", "mask_mod"), "; attention takes attn_mask and bias"),
+    **dict.fromkeys(("return_lse", "return_softmax"), " and pass return_attn_probs"),
+    **dict.fromkeys(("seqused_q", "qv", "attention_chunk", "out", "zero_tensors"), ""),
+}
 
 
 def scaled_dot_product_attention(
@@ -46,12 +62,17 @@ def scaled_dot_product_attention(
     Raises:
         ValueError: as `attention`; or both `attn_mask` and `is_causal` are given.
     """
+    chosen = get_variant(variant)
+    _known_names(scaled_dot_product_attention, chosen, options)
+    is_causal = check_flag("is_causal", is_causal)
+    enable_gqa = check_flag("enable_gqa", enable_gqa)
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal=True; put causality in the mask.")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor) or tensor.dim() < 2:
-            got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name} must be a tensor of at least 2 dimensions, got {got}.")
+        if checks.dense(name, tensor).dim() < 2:
+            raise ValueError(
+                f"{name} must be a tensor of at least 2 dimensions, got shape {list(tensor.shape)}."
+            )
     lead = _leading(query, key, value, enable_gqa)
     query, key, value = (
         _four(tensor, (*lead[:-1], tensor.shape[-3]) if enable_gqa else lead)
@@ -63,7 +84,7 @@ def scaled_dot_product_attention(
         query,
         key,
         value,
-        get_variant(variant),
+        chosen,
         options,
         impl=check_impl(impl),
         attn_mask=attn_mask,
@@ -101,8 +122,7 @@ def _four(tensor: Tensor, lead: tuple[int, ...]) -> Tensor:
 
 
 def _four_mask(mask: Any, lead: tuple[int, ...]) -> Tensor:
-    if not isinstance(mask, Tensor):
-        raise ValueError(f"attn_mask must be a torch.Tensor, got {type(mask).__name__}.")
+    checks.dense("attn_mask", mask)
     if len(lead) <= 2 or mask.dim() <= 2:
         return mask
     try:
@@ -151,26 +171,31 @@ def flash_attn_func(
     Raises:
         ValueError: as `attention`.
     """
-    query, key, value = _swap("q", q), _swap("k", k), _swap("v", v)
+    chosen = get_variant(variant)
+    _known_names(flash_attn_func, chosen, options)
+    checks.check_qkv(q, k, v, checks.FLASH)
+    p = check_number("dropout_p", dropout_p, 0.0, 1.0)
+    check_flag("deterministic", deterministic)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (q, k, v))
     call: dict[str, Any] = {
         "impl": impl,
         "causal": causal,
         "window_size": window_size,
         "alibi_slopes": alibi_slopes,
         "softcap": softcap,
-        "scale": softmax_scale,
+        "scale": _flash_scale(softmax_scale),
         **options,
     }
-    dropout: dict[str, Any] = {"dropout_p": dropout_p, "generator": generator}
-    if not return_attn_probs:
-        return attention(query, key, value, variant, **dropout, **call).transpose(1, 2)
-    drops = dropout_p > 0
+    dropout: dict[str, Any] = {"dropout_p": p, "generator": generator}
+    if not check_flag("return_attn_probs", return_attn_probs):
+        return attention(query, key, value, chosen, **dropout, **call).transpose(1, 2)
+    drops = p > 0
     out, *used, stats = attention(
-        query, key, value, variant, return_weights=drops, return_stats=True, **dropout, **call
+        query, key, value, chosen, return_weights=drops, return_stats=True, **dropout, **call
     )
     signed = None
     if drops:
-        _, full = attention(query, key, value, variant, return_weights=True, **call)
+        _, full = attention(query, key, value, chosen, return_weights=True, **call)
         signed = torch.where((used[0] == 0) & (full != 0), -full, full)
     return out.transpose(1, 2), _flash_lse(stats), signed
 
@@ -180,13 +205,28 @@ def _flash_lse(stats: RowStats) -> Tensor:
     return lse.masked_fill(lse.isneginf(), torch.inf)
 
 
-def _swap(name: str, tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, Tensor) or tensor.dim() != 4:
-        got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+def _flash_scale(softmax_scale: Any) -> float | None:
+    return None if softmax_scale is None else check_number("softmax_scale", softmax_scale)
+
+
+def _known_names(function: Any, variant: Variant, options: dict[str, Any]) -> None:
+    """Raise ValueError for keyword arguments that neither the function nor the variant has."""
+    unknown = [name for name in options if name not in variant.options]
+    if not unknown:
+        return
+    first, called = unknown[0], function.__name__
+    if first in _LATER:
         raise ValueError(
-            f"{name} must have 4 dimensions, [batch, tokens, heads, head_dim], got {got}."
+            f"{called} has flash-attn 2's arguments, and {first} is one of later versions or of "
+            f"its own internals; leave it out{_LATER[first]}."
         )
-    return tensor.transpose(1, 2)
+    own = [*inspect.signature(function).parameters][3:-1]
+    takes = ", ".join([*own, *variant.options])
+    near = difflib.get_close_matches(first, [*own, *variant.options], n=1, cutoff=0.5)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    if not near and first in CALL_ARGUMENTS:
+        hint = " (attention has it)"
+    raise ValueError(f"{called} with {variant.name} takes {takes}; got {first!r}{hint}.")
 
 
 def flash_attn_varlen_func(
@@ -207,6 +247,8 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
     *,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
     variant: str | Variant = "softmax",
     impl: str = "auto",
     generator: torch.Generator | None = None,
@@ -215,8 +257,13 @@ def flash_attn_varlen_func(
     """flash-attn's `flash_attn_varlen_func` with a variant.
 
     Args:
-        q: `[tokens_q, heads, head_dim]`; k and v `[tokens_k, kv_heads, ...]`.
-        block_table: paged caches are not supported; must be None.
+        q: `[tokens_q, heads, head_dim]`; k and v `[tokens_k, kv_heads, ...]`, or with a block
+            table pools of pages `[pages, page_size, kv_heads, ...]`.
+        block_table: int32 or int64 `[sequences, blocks]`, the pages that hold each sequence's keys
+            in order. They are copied into one row of tokens before the call.
+        seqused_k: int32 or int64 `[sequences]`: only so many keys of each sequence count.
+        leftpad_k: likewise, how many keys to leave out at the start of each.
+        max_seqlen_q, max_seqlen_k: no sequence may be longer; None measures them.
         return_attn_probs: also return `softmax_lse` [heads, tokens_q] and None.
         The others are those of `attention_varlen` and `flash_attn_func`.
 
@@ -224,10 +271,16 @@ def flash_attn_varlen_func(
         `[tokens_q, heads, value_dim]`, or (that, softmax_lse, None).
 
     Raises:
-        ValueError: as `attention_varlen`; or a block table is given.
+        ValueError: as `attention_varlen`; or a block table names a page that is not in the pools
+            or too few of them.
     """
-    if block_table is not None:
-        raise ValueError("block_table must be None: paged caches are not supported; unpage k, v.")
+    chosen = get_variant(variant)
+    _known_names(flash_attn_varlen_func, chosen, options)
+    check_flag("deterministic", deterministic)
+    return_attn_probs = check_flag("return_attn_probs", return_attn_probs)
+    if block_table is not None or seqused_k is not None or leftpad_k is not None:
+        k, v, cu_seqlens_k = used_keys(k, v, cu_seqlens_k, block_table, seqused_k, leftpad_k)
+    checks.check_qkv(q, k, v, checks.FLASH_PACKED)
     result = attention_varlen(
         q,
         k,
@@ -236,12 +289,12 @@ def flash_attn_varlen_func(
         cu_seqlens_k,
         max_seqlen_q,
         max_seqlen_k,
-        variant,
+        chosen,
         causal=causal,
         window_size=window_size,
         alibi_slopes=alibi_slopes,
         softcap=softcap,
-        scale=softmax_scale,
+        scale=_flash_scale(softmax_scale),
         dropout_p=dropout_p,
         generator=generator,
         impl=impl,

@@ -13,6 +13,7 @@ from torch import Tensor
 from attnvariants import batching, chunked, chunked_ops, fused, sdpa  # noqa: F401
 from attnvariants.problem import Problem, RowStats
 from attnvariants.registry import suggest
+from attnvariants.scalars import in_words
 
 ENGINES = ("auto", "reference", "chunked", "triton", "sdpa")
 
@@ -45,8 +46,8 @@ def check_impl(impl: str) -> str:
     Raises:
         ValueError: there is none.
     """
-    if impl not in ENGINES:
-        raise ValueError(f"unknown impl {impl!r}; {suggest(str(impl), ENGINES)}")
+    if not isinstance(impl, str) or impl not in ENGINES:
+        raise ValueError(f"unknown impl {in_words(impl)}; {suggest(str(impl), ENGINES)}")
     return impl
 
 

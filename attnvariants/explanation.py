@@ -12,9 +12,11 @@ from attnvariants.autocast import autocast_inputs, no_autocast
 from attnvariants.engines import Explanation
 from attnvariants.problem import build
 from attnvariants.registry import CALL_ARGUMENTS, Variant, get_variant
+from attnvariants.scalars import check_flag
 from attnvariants.varlen import pack, packed_problem, sequence
 
 _PACKED = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
+_RETURNS = "return_weights", "return_stats"
 
 
 def explain(
@@ -48,9 +50,14 @@ def explain(
     options = {k: v for k, v in call.items() if k not in CALL_ARGUMENTS}
     known = {k: v for k, v in call.items() if k in CALL_ARGUMENTS}
     engines.check_impl(impl)
+    if described and not all(name in described for name in _PACKED[:2]):
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k describe packed sequences together, got "
+            f"{' and '.join(described)} alone; pass both, as to attention_varlen."
+        )
     # a seed of one's own: an explanation must not move the generator
     known["seed"] = 0
-    extras = known.pop("return_weights", False), known.pop("return_stats", False)
+    extras = [check_flag(name, known.pop(name, False)) for name in _RETURNS]
     query, key, value = autocast_inputs(query, key, value)
     with torch.no_grad(), no_autocast(query):
         if described:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnvariants import checks
+from attnvariants import checks, scalars
 from attnvariants.dropout import Dropout
 from attnvariants.geometry import Geometry, Packed
 from attnvariants.registry import Rows, Variant
@@ -175,8 +175,8 @@ def build(
     batch, heads, q_len, head_dim = query.shape
     kv_len, device, dtype = key.shape[2], query.device, compute_dtype(query)
 
-    left, right = checks.check_window(window_size)
-    right = 0 if checks.check_flag("causal", causal) else right
+    left, right = scalars.check_window(window_size)
+    right = 0 if scalars.check_flag("causal", causal) else right
     if packed is not None:
         geometry = Geometry(packed.max_q, packed.max_k, 0, left, right)
     else:
@@ -189,17 +189,19 @@ def build(
         several = batch if packed is None else packed.cu_q.shape[0] - 1
         slopes = checks.check_slopes(alibi_slopes, several, heads, device).to(dtype)
     if position is not None:
-        checks.check_position(position, device)
+        position = scalars.check_position(position, device)
         if not geometry.unlimited or slopes is not None or packed is not None:
             raise ValueError(
                 "position goes with attn_mask alone: causal, window_size and alibi_slopes align "
                 "the last query with the last key; put them into the mask, or cut the keys."
             )
-    cap = 0.0 if softcap is None else checks.check_number("softcap", softcap, low=0.0)
+    cap = 0.0 if softcap is None else scalars.check_number("softcap", softcap, low=0.0)
     if scale is None:
         scale = head_dim**-0.5 if variant.scale is None else variant.scale
-    scale = checks.check_number("scale", scale)
-    p = checks.check_number("dropout_p", dropout_p, 0.0, 1.0)
+    scale = scalars.check_number("scale", scale)
+    p = scalars.check_number("dropout_p", dropout_p, 0.0, 1.0)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
 
     given = {"bias": total is not None, "alibi_slopes": slopes is not None, "softcap": bool(cap)}
     for feature, reason in variant.refuses.items():
@@ -267,6 +269,7 @@ def _visibility(
         if tensor.dtype == torch.bool and name == "attn_mask":
             visible, finite = tensor, None
         elif tensor.is_floating_point():
+            checks.check_floating(name, tensor)
             visible, finite = checks.split_mask(tensor)
             # a mask of zeros and -inf adds nothing, whatever the variant makes of a bias
             learned = name == "bias" or tensor.requires_grad
@@ -274,7 +277,8 @@ def _visibility(
                 finite = None
         else:
             wanted = "bool (True = visible) or floating point" if name == "attn_mask" else "float"
-            raise ValueError(f"{name} must be {wanted}, got {tensor.dtype}; convert it.")
+            hint = "" if name == "bias" or tensor.is_complex() else ": .bool() shows all but zeros"
+            raise ValueError(f"{name} must be {wanted}, got {tensor.dtype}; convert it{hint}.")
         if visible is not None:
             keep = visible if keep is None else keep & visible
         if finite is not None:
@@ -300,8 +304,6 @@ def _per_head(
 
 def _draw_seed(generator: torch.Generator | None) -> int | Tensor:
     """A seed of 62 bits; a tensor, not yet known, while compiling."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
     on = torch.device("cpu") if generator is None else generator.device
     seed = torch.randint(2**62, (), generator=generator, device=on)
     return int(seed) if checks.readable(seed) else seed

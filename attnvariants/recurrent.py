@@ -26,6 +26,7 @@ from attnvariants import checks, engines
 from attnvariants.autocast import autocast_inputs, no_autocast
 from attnvariants.problem import Problem, build, compute_dtype, prepare
 from attnvariants.registry import Rows, Variant, get_variant
+from attnvariants.scalars import check_integer, in_words
 
 # Tokens whose products are formed at once.
 _CHUNK = 128
@@ -98,11 +99,8 @@ def prefill(
             f"{variant.name or 'this variant'} cannot be decoded with a state: its weights are not "
             "its scores over their sum, as cosformer's are; use attention with all keys."
         )
-    if not isinstance(max_len, int) or isinstance(max_len, bool) or max_len < 1:
-        raise ValueError(
-            "max_len must be an integer >= 1, the most tokens that prefill and steps will come to, "
-            f"got {max_len!r}."
-        )
+    most = ", the most tokens that prefill and steps will come to"
+    max_len = check_integer("max_len", max_len, 1, most)
     if "max_len" in variant.options:
         options["max_len"] = max_len
     query, key, value = autocast_inputs(query, key, value)
@@ -148,6 +146,8 @@ def step(
         ValueError: sizes, dtype or device differ from the prefill's, or the tokens go past the
             state's max_len.
     """
+    if not isinstance(state, State):
+        raise ValueError(f"state must be the State of a prefill, got {in_words(state)}.")
     query, key, value = autocast_inputs(query, key, value)
     with no_autocast(query):
         checks.check_qkv(query, key, value)
@@ -250,10 +250,14 @@ def _fits(key: Tensor, value: Tensor, state: State) -> None:
 
 def _padding(key_mask: Tensor, key: Tensor) -> Tensor:
     shape = key.shape[0], key.shape[2]
-    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
-        got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
+    if checks.dense("key_mask", key_mask).dtype != torch.bool:
         raise ValueError(
-            f"key_mask must be a bool tensor [batch, tokens], True = visible, got {got}."
+            "key_mask must be a bool tensor [batch, tokens], True = visible, "
+            f"got {key_mask.dtype}; convert it."
+        )
+    if key_mask.device != key.device:
+        raise ValueError(
+            f"key_mask must be on key's device {key.device}, got {key_mask.device}; move it."
         )
     if tuple(key_mask.shape) != shape:
         raise ValueError(

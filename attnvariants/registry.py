@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnvariants.checks import readable
+from attnvariants import scalars
+from attnvariants.checks import DTYPES, dense, readable
 
 if TYPE_CHECKING:
     from attnvariants.geometry import Packed
@@ -121,25 +122,32 @@ class Option:
         if value is None and self.default is None:
             return value
         if isinstance(value, Tensor):
-            if self.learned:
+            whole = not value.is_floating_point() and not value.is_complex()
+            if self.learned and not (whole and value.dim() == 0):
                 return self._check_tensor(owner, name, value)
-            raise ValueError(
-                f"{owner}'s {name} must be {self.accepts()}, got a tensor; it is not learned."
-            )
-        if any(value is choice or (value == choice and isinstance(value, str))
+            if value.requires_grad or value.numel() != 1:
+                raise ValueError(
+                    f"{owner}'s {name} must be {self.accepts()}, got a tensor; it is not learned."
+                )
+        given = scalars.plain(f"{owner}'s {name}", value)
+        if any(given is choice or (isinstance(given, str) and given == choice)
                for choice in self.choices):  # fmt: skip
-            return value
-        if self.number and isinstance(value, (int, float)) and not isinstance(value, bool):
-            small = self.minimum is not None and value < self.minimum
-            edge = self.above is not None and value <= self.above
+            return given
+        if self.number and scalars.is_real(given):
+            small = self.minimum is not None and given < self.minimum
+            edge = self.above is not None and given <= self.above
             # a comparison, which a symbolic number of a call being compiled has too
-            if abs(value) < math.inf and not small and not edge:
-                # numpy's float64 is a float too, but does not print as one
-                return float(value) if type(value).__module__ == "numpy" else value
-        raise ValueError(f"{owner}'s {name} must be {self.accepts()}, got {value!r}.")
+            if abs(given) < math.inf and not small and not edge:
+                # fractions and numpy's long double have no place in what is compiled or saved
+                known = isinstance(given, (int, float, torch.SymInt, torch.SymFloat))
+                return given if known else float(given)
+        raise ValueError(
+            f"{owner}'s {name} must be {self.accepts()}, got {scalars.in_words(value)}."
+        )
 
     def _check_tensor(self, owner: str, name: str, value: Tensor) -> Tensor:
-        if not value.is_floating_point() or value.dim() > 1:
+        dense(f"{owner}'s {name}", value)
+        if value.dtype not in DTYPES or value.dim() > 1:
             raise ValueError(
                 f"{owner}'s {name} must be {self.accepts()}, "
                 f"got shape {list(value.shape)} of {value.dtype}."
@@ -268,6 +276,8 @@ class Variant:
             got = ", ".join(repr(name) for name in unknown)
             near = difflib.get_close_matches(unknown[0], [*self.options, *CALL_ARGUMENTS], n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
+            if unknown[0] in CALL_ARGUMENTS:
+                hint = f" (attention has a {unknown[0]}, this function has none)"
             raise ValueError(f"{self.name or 'this variant'} {takes}; got {got}{hint}.")
         return {
             name: option.check(self.name, name, options[name])
@@ -318,7 +328,8 @@ def get_variant(name: str | Variant) -> Variant:
 
 @constant_when_compiled
 def _load(name: str) -> None:
-    if hasattr(_loaded, name):
+    # not hasattr, which every object's own attributes have
+    if name in vars(_loaded):
         return
     known = list_variants()
     if name not in known:

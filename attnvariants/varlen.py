@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnvariants import checks, engines, fused
+from attnvariants import checks, engines, fused, scalars
 from attnvariants.api import attention
 from attnvariants.autocast import autocast_inputs, no_autocast
 from attnvariants.geometry import Packed
@@ -46,7 +46,8 @@ def attention_varlen(
         value: `[tokens_k, kv_heads, value_dim]`.
         cu_seqlens_q: int32 or int64 `[sequences + 1]`, from 0 to tokens_q.
         cu_seqlens_k: likewise for the keys, from 0 to tokens_k.
-        max_seqlen_q: accepted for flash-attn's sake; if given, no sequence may be longer.
+        max_seqlen_q: accepted for flash-attn's sake, an integer or a tensor of one; if given, no
+            sequence may be longer.
         max_seqlen_k: likewise.
         alibi_slopes: `[heads]` or `[sequences, heads]`.
         return_weights: also return a list of `[heads, q_len, kv_len]`, one a sequence.
@@ -61,9 +62,12 @@ def attention_varlen(
 
     Raises:
         ValueError: as `attention`; or boundaries that do not start at 0, decrease, do not end at
-            the number of tokens, or differ in number.
+            the number of tokens, or differ in number; or sequences longer than max_seqlen allows.
     """
     impl, chosen = engines.check_impl(impl), get_variant(variant)
+    dropout_p = scalars.check_number("dropout_p", dropout_p, 0.0, 1.0)
+    return_weights = scalars.check_flag("return_weights", return_weights)
+    return_stats = scalars.check_flag("return_stats", return_stats)
     packed = pack(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     call: dict[str, Any] = {
         "causal": causal,
@@ -131,7 +135,7 @@ def pack(
     Raises:
         ValueError: as `attention_varlen`.
     """
-    checks.check_qkv(query, key, value, rank=3)
+    checks.check_qkv(query, key, value, checks.PACKED)
     bounds_q = checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query.shape[0], "query")
     bounds_k = checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, key.shape[0], "key")
     if cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]:
@@ -139,20 +143,34 @@ def pack(
             "cu_seqlens_q and cu_seqlens_k must describe as many sequences, "
             f"got {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}."
         )
+    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if cu_seqlens.is_meta and not query.is_meta:
+            raise ValueError(
+                f"{name} must be on query's device {query.device}, got {cu_seqlens.device}; "
+                "move it."
+            )
     longest = []
     for name, limit, bounds, tokens in (
         ("max_seqlen_q", max_seqlen_q, bounds_q, query.shape[0]),
         ("max_seqlen_k", max_seqlen_k, bounds_k, key.shape[0]),
     ):
-        if limit is not None and not isinstance(limit, (int, torch.SymInt)):
-            raise ValueError(f"{name} must be an integer or None, got {limit!r}.")
+        if limit is not None:
+            limit = scalars.plain(name, limit)
+            if not scalars.is_whole(limit):
+                got = scalars.in_words(limit)
+                raise ValueError(
+                    f"{name} must be an integer or None, got {got}; None measures the sequences."
+                )
         if bounds is None:
             # not to be read while compiling: the limit is trusted, or none is known
             longest.append(tokens if limit is None else limit)
             continue
         longest.append(max((b - a for a, b in pairwise(bounds)), default=0))
         if limit is not None and longest[-1] > limit:
-            raise ValueError(f"{name} is {limit}, but a sequence has {longest[-1]} tokens.")
+            raise ValueError(
+                f"{name} is {limit}, but a sequence has {longest[-1]} tokens; pass at least that, "
+                "or None."
+            )
     # kernels read them as neighbours in memory
     cu_q, cu_k = (
         cu.to(query.device, torch.int32).contiguous() for cu in (cu_seqlens_q, cu_seqlens_k)

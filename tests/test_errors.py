@@ -105,13 +105,15 @@ def test_drop_ins_say_what_they_lack():
     with pytest.raises(ValueError, match="pass enable_gqa=True"):
         attnvariants.scaled_dot_product_attention(Q, Q[:, :2], Q[:, :2])
     with pytest.raises(ValueError, match="query must be a tensor of at least 2 dimensions"):
+        attnvariants.scaled_dot_product_attention(Q[0, 0, 0], Q, Q)
+    with pytest.raises(ValueError, match=r"query must be a torch\.Tensor, got NoneType"):
         attnvariants.scaled_dot_product_attention(None, Q, Q)
     with pytest.raises(ValueError, match="attn_mask must broadcast to"):
         attnvariants.scaled_dot_product_attention(
             Q[0], Q[0], Q[0], attn_mask=torch.ones(3, 2, 4, 5, 5).bool()
         )
     q = torch.randn(10, 4, 8)
-    with pytest.raises(ValueError, match="block_table must be None"):
+    with pytest.raises(ValueError, match=r"k must be a pool \[pages, page_size, heads, head_dim\]"):
         attnvariants.flash_attn_varlen_func(q, q, q, BOUNDS, BOUNDS, block_table=BOUNDS)
 
 
