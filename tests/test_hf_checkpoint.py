@@ -15,6 +15,8 @@ from attnvariants.hf import auto_load, patches_of
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
+from own_softmax import OwnConfig, OwnForCausalLM  # noqa: E402
+
 transformers.logging.set_verbosity_error()
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
@@ -211,10 +213,9 @@ def test_a_composite_model(tmp_path):
 
 @pytest.mark.parametrize("how", [{"masks": "bool"}, {"backend": "softmax-hook"}])
 def test_how_a_variant_is_computed_is_recorded(tmp_path, how):
-    config = transformers.GPTJConfig(vocab_size=99, n_embd=32, n_layer=2, n_head=4, rotary_dim=8)
     torch.manual_seed(0)
     hook = "backend" in how
-    model = transformers.GPTJForCausalLM(config).eval() if hook else llama()
+    model = OwnForCausalLM(OwnConfig()).eval() if hook else llama()
     patch(model, "softpick", **how)
     save_pretrained(model, tmp_path)
     again = from_pretrained(type(model), tmp_path)
@@ -224,6 +225,46 @@ def test_how_a_variant_is_computed_is_recorded(tmp_path, how):
     unpatch(again)
     unpatch(model)
     assert torch.equal(run(again), run(model))
+
+
+def rewrite(folder, **changes):
+    """Change every recorded patch of a saved model; None takes a field out."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for entry in config["attn_variants"]["patches"]:
+        entry.update(changes)
+        for name in [name for name in changes if entry[name] is None]:
+            del entry[name]
+    path.write_text(json.dumps(config))
+
+
+def test_a_family_that_calls_the_interface_by_now_is_restored_through_it(tmp_path):
+    model = patched()
+    save_pretrained(model, tmp_path)
+    rewrite(tmp_path, backend="softmax-hook")
+    with pytest.warns(UserWarning, match=r"LlamaAttention were saved with backend='softmax-hook'"):
+        again = from_pretrained(CAUSAL, tmp_path)
+    same_everywhere(again, model)
+    assert torch.equal(run(again), run(model))
+    save_pretrained(again, tmp_path / "again")
+    assert "softmax-hook" not in (tmp_path / "again" / "config.json").read_text()
+
+
+def test_a_family_that_does_not_call_the_interface_yet_is_restored_through_the_hook(tmp_path):
+    torch.manual_seed(0)
+    model = OwnForCausalLM(OwnConfig()).eval()
+    patch(model, "ssmax", s=0.4, backend="softmax-hook")
+    save_pretrained(shake(model), tmp_path)
+    rewrite(tmp_path, backend=None)
+    with pytest.warns(UserWarning, match=r"computes attention itself, .*backend='softmax-hook'"):
+        again = from_pretrained(OwnForCausalLM, tmp_path)
+    same_everywhere(again, model)
+    assert torch.equal(run(again), run(model))
+    rewrite(tmp_path, backend=None, impl="chunked")
+    with pytest.raises(ValueError, match=r"saved with impl='chunked'.*load with impl='auto'"):
+        from_pretrained(OwnForCausalLM, tmp_path)
+    with pytest.warns(UserWarning, match="restored with backend='softmax-hook'"):
+        from_pretrained(OwnForCausalLM, tmp_path, impl="auto")
 
 
 def test_missing_values_have_their_initial_ones(saved):

@@ -59,8 +59,10 @@ TYPES = {
     "paligemma": "",
     "mllama": "leak padding",
     "bloom": "leak padding",
+    "gptj": "leak padding",
 }
-BY_HOOK = {"bloom"}
+# Until transformers lets them call its attention interface, as gptj does since 5.24.
+BY_HOOK = {"bloom", "gptj"}
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
@@ -75,7 +77,7 @@ def test_identical(model_type):
     outcome = compare.drive(model_type)
     if VERSION < (5, 20) and outcome.verdict in ("refused", "no attention", "not driven"):
         pytest.skip(f"transformers {transformers.__version__}: {outcome.note or 'not found'}")
-    assert outcome.verdict == ("by hook" if model_type in BY_HOOK else "identical"), outcome
+    assert outcome.verdict in ("identical", "by hook" if model_type in BY_HOOK else ""), outcome
     assert outcome.difference <= 1e-4
     assert outcome.reached >= 1
     for name in TYPES[model_type].split():

@@ -15,6 +15,8 @@ from attnvariants.hf import dispatch, find, masks
 from attnvariants.hf import eager as eager_file
 
 transformers = pytest.importorskip("transformers")
+import own_softmax  # noqa: E402
+
 transformers.logging.set_verbosity_error()
 
 VISION = {
@@ -34,6 +36,8 @@ def llama():
 
 
 def make(name, **config):
+    if name == "Own":
+        return own_softmax.OwnForCausalLM(own_softmax.OwnConfig(**config)).eval()
     kind = getattr(transformers, f"{name}Config")(**config)
     suffix = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
     return getattr(transformers, name + suffix)(kind).eval()
@@ -142,7 +146,7 @@ def test_unpatching_what_is_not_patched(llama):
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("GPTJ", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "GPTJAttention"),
+        ("Own", {}, "OwnAttention"),
         ("Falcon", SMALL, "FalconAttention"),
         ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, "BloomAttention"),
         ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}, "MptAttention"),
@@ -160,6 +164,9 @@ def test_unpatching_what_is_not_patched(llama):
 )
 def test_families_that_cannot_be_patched(name, config, message):
     model = make(name, **{"vocab_size": 99, **config})
+    moved = own_softmax.calls_the_interface(type(model))
+    if moved and message.endswith("Attention"):
+        pytest.skip(f"{name} calls the attention interface in {transformers.__version__}")
     before = state(model)
     with pytest.raises(ValueError, match=message):
         patch(model, "softpick")

@@ -203,15 +203,19 @@ def resolve_names(model: nn.Module, entries: list[dict], where: str) -> list[dic
 def restore(model: nn.Module, entries: Iterable[dict], impl: str | None = None) -> list[Any]:
     """Patch a model as the entries say, whose names are the model's own; all or nothing.
 
+    A backend that the modules no longer have, or do not have yet, in the installed transformers
+    is replaced by the one that they have, with a warning.
+
     Raises:
-        ValueError: as `patch`.
+        ValueError: as `patch` and `backends.settled`.
     """
+    from attnvariants.hf.backends import settled
     from attnvariants.hf.patcher import patch
 
     handles: list[Any] = []
     try:
         with torch.device("cpu"):
-            for entry in entries:
+            for entry in settled(model, entries, impl):
                 names = frozenset(entry["modules"])
                 arguments = _arguments(entry) | ({"impl": impl} if impl else {})
                 chosen = _named(names)

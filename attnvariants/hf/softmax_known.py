@@ -118,5 +118,8 @@ def known_parent(cls: type[nn.Module]) -> str:
 
 
 def _name(cls: type) -> str:
+    """`folder.Class` in transformers, `module:Class` elsewhere."""
+    if not cls.__module__.startswith(_MODELS):
+        return f"{cls.__module__}:{cls.__name__}"
     folder, _, _ = cls.__module__.removeprefix(_MODELS).partition(".")
-    return f"{folder}.{cls.__name__}" if cls.__module__.startswith(_MODELS) else ""
+    return f"{folder}.{cls.__name__}"
