@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnvariants.checks import readable
+from attnvariants.checks import dense, readable
 
 # what to do with a number that is to be learned, which a call's own numbers cannot be
 _LEARN = {
@@ -132,6 +132,7 @@ def check_window(window_size: Any) -> tuple[int | None, int | None]:
 def check_position(position: Any, device: torch.device) -> int | Tensor:
     """An integer >= 0, or an int64 scalar tensor on `device`, which is not read."""
     if isinstance(position, Tensor):
+        dense("position", position)
         whole = position.dtype in (torch.int32, torch.int64)
         if position.dim() or not whole or position.device != device:
             raise ValueError(

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from attnvariants.api import attention, iter_weights
+from attnvariants.checks import dense
 from attnvariants.chunked import WeightBlock
 from attnvariants.diagnostics.definitions import DEAD_OUTPUT, DEAD_ROW, DEAD_SHARE
 from attnvariants.registry import Variant
+from attnvariants.scalars import in_words, is_real, plain
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,14 @@ class AttentionSums:
         """
         batch, heads, q_len = shape
         if query_mask is not None and (
-            query_mask.dtype != torch.bool or tuple(query_mask.shape) != (batch, q_len)
+            dense("query_mask", query_mask).dtype != torch.bool
+            or tuple(query_mask.shape) != (batch, q_len)
         ):
             raise ValueError(
                 f"query_mask must be bool with shape [batch, q_len] = {[batch, q_len]}, "
                 f"got {query_mask.dtype} with {list(query_mask.shape)}."
             )
-        if out is not None and tuple(out.shape[:3]) != (batch, heads, q_len):
+        if out is not None and tuple(dense("out", out).shape[:3]) != (batch, heads, q_len):
             raise ValueError(
                 f"out must have shape {[batch, heads, q_len]} + [value_dim], got {list(out.shape)}."
             )
@@ -179,12 +182,12 @@ def attention_metrics(
 
 def check_threshold(sink_threshold: float) -> float:
     """`sink_threshold` if it is a number between 0 and 1."""
-    number = isinstance(sink_threshold, (int, float)) and not isinstance(sink_threshold, bool)
-    if not number or not 0 < sink_threshold < 1:
+    number = plain("sink_threshold", sink_threshold)
+    if not is_real(number) or not 0 < number < 1:
         raise ValueError(
-            f"sink_threshold must be a number between 0 and 1, got {sink_threshold!r}."
+            f"sink_threshold must be a number between 0 and 1, got {in_words(sink_threshold)}."
         )
-    return float(sink_threshold)
+    return float(number)
 
 
 def _read(blocks: Iterable[WeightBlock], shape: Sequence[int]) -> dict[str, Tensor]:
