@@ -49,8 +49,9 @@ def attention(
         value: `[batch, kv_heads, kv_len, value_dim]`.
         variant: a name from `list_variants()` or a `Variant`.
         attn_mask: bool, True = visible, or float, added to the scores as in PyTorch's SDPA, its
-            entries at or below half its dtype's minimum (-inf included) hidden; broadcasts to
-            [batch, heads, q_len, kv_len].
+            entries at or below half its dtype's minimum (-inf included) hidden and no others: a
+            key at -1e4 is there, and counts (`patch` reads such numbers of a model as hidden);
+            broadcasts to [batch, heads, q_len, kv_len].
         bias: float, added to the scores, with a gradient; broadcasts likewise; -inf hides.
         causal: hide the future; the last query is aligned with the last key (bottom right).
         window_size: (left, right), keys within `position - left .. position + right`; -1 is

@@ -7,6 +7,7 @@ Layouts: transformers hands over query `[batch, heads, q_len, head_dim]`, key an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +15,17 @@ import torch
 from torch import Tensor, nn
 
 import attnvariants
-from attnvariants.hf import masks
+from attnvariants.hf import masks, penalties
 from attnvariants.hf.eager import UNSUPPORTED, eager_of
-from attnvariants.hf.holder import CHILD
+from attnvariants.hf.holder import CHILD, Spec
 from attnvariants.hf.lazy import LazyMask, View, to_float
 from attnvariants.hf.names import attention_functions, mask_functions, masking, output_collector
 from attnvariants.hf.sinks import attention_with_sinks
 from attnvariants.hf.sparse import picked
 
 PREVIOUS = "_attn_previous"
+# Attribute of a patched module: the numbers in its masks that were read as "hidden".
+PENALTIES = "_attn_penalties"
 # Attribute of the keys that a `RecurrentCache` hands out: the layer that attends with its state.
 RECURRENT = "_attn_recurrent"
 # Called after each call of a patched module with (module, query, key, output, call): the output is
@@ -63,6 +66,7 @@ def attention_forward(
     _refuse_unknown(type(module), kwargs)
     spec = holder(query)
     variant = attnvariants.get_variant(spec.variant)
+    hide = functools.partial(_split, module, spec)
     bias = kwargs.get("position_bias")
     if query.shape[0] == 1 and key.shape[0] > 1:
         query = query.expand(key.shape[0], -1, -1, -1)
@@ -73,21 +77,22 @@ def attention_forward(
     if layer is not None:
         asked = {"output_attentions": want_weights, "diagnostics": observers, "dropout": dropout}
         asked |= {"bias": bias is not None, "softcap": kwargs.get("softcap")}
+        if isinstance(attention_mask, Tensor) and attention_mask.is_floating_point():
+            attention_mask = hide(attention_mask).keep
         scale = None if variant.own_scale else scaling
         out = layer.attend(query, key, value, attention_mask, spec, scale, asked)
         return out.transpose(1, 2).contiguous(), None
     sinks = kwargs.get("s_aux") if kwargs.get("sinks") is None else kwargs["sinks"]
     plain = bias is None and sinks is None and not want_weights and not observers
-    view = _visible(module, query, key, attention_mask, kwargs, plain)
+    view = _visible(module, query, key, attention_mask, kwargs, plain, hide)
+    keep = view.keep
+    if bias is not None:
+        keep, bias = _with_bias(keep, hide(bias), view.bias, view.keys)
+    else:
+        bias = view.bias
     if view.keys < key.shape[2]:
         # the slots of a static cache behind the queries are empty
         key, value = key[:, :, : view.keys], value[:, :, : view.keys]
-        bias = _crop(bias, view.keys)
-    keep = view.keep
-    if keep is not None and keep.is_floating_point() and keep.requires_grad:
-        # A learned additive mask (Swin's relative positions): only `bias` has a gradient.
-        bias = keep if bias is None else bias + keep
-        keep = keep.detach() > torch.finfo(keep.dtype).min / 2
     call = {
         "variant": spec.variant,
         "attn_mask": keep,
@@ -181,8 +186,13 @@ def _visible(
     mask: Tensor | LazyMask | None,
     kwargs: dict[str, Any],
     plain: bool,
+    hide: Callable[[Tensor], penalties.Split],
 ) -> View:
-    """What the call may see; documents are only given if it is plain, else they are in the mask."""
+    """What the call may see; documents are only given if it is plain, else they are in the mask.
+
+    Args:
+        hide: takes an additive mask apart.
+    """
     q_len, kv_len = query.shape[2], key.shape[2]
     if isinstance(mask, LazyMask):
         view = mask.view(q_len, kv_len)
@@ -191,7 +201,7 @@ def _visible(
             return _documents(query, view, kwargs, plain)
         if view is not None and (view.documents is None or plain):
             return view
-        mask = mask.tensor()
+        mask = mask.tensor("bool")
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dim() != 4:
             shape = list(getattr(mask, "shape", ()))
@@ -199,7 +209,11 @@ def _visible(
                 f"the attention mask must be a 4-D tensor, got {type(mask).__name__} of shape "
                 f"{shape}; pass the model a 2-D padding mask or a 4-D mask."
             )
-        if not mask.is_floating_point() and mask.dtype != torch.bool:
+        if mask.is_floating_point():
+            parts = hide(mask)
+            mask, bias = parts.keep, _crop(parts.bias, kv_len)
+            return View(kv_len, False, None, _crop(mask, kv_len), read=True, bias=bias)
+        if mask.dtype != torch.bool:
             mask = mask != 0
         return View(kv_len, False, None, _crop(mask, kv_len), read=True)
     causal = masks.is_causal(module, kwargs)
@@ -219,6 +233,38 @@ def _is_packed(view: View, kv_len: int, kwargs: dict[str, Any]) -> bool:
     if kwargs.get("cu_seq_lens_q") is None or kwargs.get("cu_seq_lens_k") is None:
         return False
     return view.documents is None and view.keep is None and view.keys == kv_len
+
+
+def _split(module: nn.Module, spec: Spec, mask: Tensor) -> penalties.Split:
+    """An additive mask of a call taken apart; the module remembers the penalties it held."""
+    parts = penalties.split(mask, spec.penalties, blind=spec.variant != "softmax")
+    if parts.penalties:
+        module.__dict__.setdefault(PENALTIES, set()).update(parts.penalties)
+    return parts
+
+
+def _with_bias(
+    keep: Tensor | None, bias: penalties.Split, more: Tensor | None, keys: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """What a call may see and what is added, of its mask and its position bias together.
+
+    Args:
+        keep: of the mask, bool, or float with -inf where keys are hidden.
+        bias: the position bias, taken apart.
+        more: what the mask adds besides, with a gradient.
+    """
+    adds = _crop(bias.bias, keys)
+    shown = _crop(bias.keep, keys)
+    if shown is not None and shown.is_floating_point():
+        # added even where it is nothing, which some variants have no meaning for
+        adds, shown = shown, None
+    if more is not None:
+        adds = more if adds is None else adds + more
+    if shown is None or keep is None:
+        return (keep if shown is None else shown), adds
+    if keep.dtype == torch.bool:
+        return keep & shown, adds
+    return keep.masked_fill(~shown, -torch.inf), adds
 
 
 def _documents(query: Tensor, view: View, kwargs: dict[str, Any], plain: bool) -> View:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from attnvariants.hf.penalties import AUTO
+
 CHILD = "attn_variant"
 # How a module is made to compute its variant, as the argument backend of `patch`.
 DISPATCH = "dispatch"
@@ -20,6 +22,7 @@ class Spec(NamedTuple):
     variant: str
     impl: str
     options: dict[str, Any]
+    penalties: str | float = AUTO
 
 
 class AttnVariant(nn.Module):
@@ -45,6 +48,7 @@ class AttnVariant(nn.Module):
         self.learned = tuple(learned)
         self.trainable = trainable
         self.masks: str | None = None
+        self.penalties: str | float = AUTO
         self.backend = DISPATCH
         self.initial = {name: value.tolist() for name, value in learned.items()}
         for name, value in learned.items():
@@ -56,7 +60,7 @@ class AttnVariant(nn.Module):
         options = dict(self.options)
         for name in self.learned:
             options[name] = getattr(self, name)
-        return Spec(self.variant, self.impl, options)
+        return Spec(self.variant, self.impl, options, self.penalties)
 
     @torch.no_grad()
     def reset_parameters(self, names: Iterable[str] | None = None) -> None:
@@ -95,6 +99,8 @@ class AttnVariant(nn.Module):
             record["trainable"] = False
         if self.masks not in (None, "lazy"):
             record["masks"] = self.masks
+        if self.penalties != AUTO:
+            record["penalties"] = self.penalties
         if self.backend != DISPATCH:
             record["backend"] = self.backend
         return record

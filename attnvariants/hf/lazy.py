@@ -35,6 +35,7 @@ class View(NamedTuple):
         documents: boundaries of queries and keys, int, where the rows of the batch one after
             another hold several documents.
         read: whether `keep` was made by others, so that its tail may hide unused keys.
+        bias: what a mask made by others adds to the scores and has a gradient.
     """
 
     keys: int
@@ -43,6 +44,7 @@ class View(NamedTuple):
     keep: Tensor | None
     documents: tuple[Tensor, Tensor] | None = None
     read: bool = False
+    bias: Tensor | None = None
 
 
 class LazyMask(BlockMask):

@@ -13,6 +13,7 @@ from attnvariants.hf.find import attention_modules
 from attnvariants.hf.holder import CHILD, DISPATCH
 from attnvariants.hf.masks import check_mode, register
 from attnvariants.hf.parallel import refuse_wrapped
+from attnvariants.hf.penalties import AUTO, check_penalties
 from attnvariants.hf.plan import check_backend, new_in, plan_patch
 from attnvariants.hf.record import warn_of_plain_reload
 from attnvariants.hf.report import Report, report_of
@@ -130,6 +131,7 @@ def patch(
     trainable: bool = True,
     verify: bool = False,
     masks: str | None = None,
+    penalties: str | float = AUTO,
     backend: str = DISPATCH,
     **options: Any,
 ) -> Patch:
@@ -155,6 +157,13 @@ def patch(
         masks: "lazy", masks of tokens x tokens are built only where one is read; or "bool", they
             always are, which is slower and needs no knowledge of what a mask function means.
             Default "lazy", and with transformers before 5.5 the nearest to it that they allow.
+        penalties: which entries of an additive mask hide a key and which are a bias. "auto": the
+            lowest of the dtype, anything at or below -1e8, and lower numbers that a mask is made of
+            (-1e4, -100, sums of them), also with a position bias added: they are the same in all
+            heads and far below the rest, which neither a learned bias nor ALiBi at any length is
+            (`attnvariants.hf.penalties`). "added": half the dtype's minimum or lower hides, as in
+            `attention`, and all else is added to the scores. A negative number: that or lower
+            hides. With softmax, rows whose every key is penalised keep the penalties as a bias.
         backend: "dispatch", through transformers' attention interface; or "softmax-hook", for
             models that compute attention themselves: while a module runs, the one softmax in it
             is the variant, in plain torch. For variants that need scores alone, and classes whose
@@ -173,13 +182,14 @@ def patch(
     refuse_wrapped(model)
     register()
     check_mode(masks)
+    check_penalties(penalties)
     targets = attention_modules(model)
     requests = requests_of(variant, layers, options, preset, train_length)
     check_impl(impl)
     check_backend(backend, impl, masks)
     plan = plan_patch(model, targets, requests, impl, trainable, backend)
     for _, holder in plan.values():
-        holder.masks = masks
+        holder.masks, holder.penalties = masks, penalties
     state = state_of(model)
     fresh = new_in(plan, model, state)
     refuse_peft(model, "patch", [holder for _, holder in fresh.values()])

@@ -12,6 +12,7 @@ from torch import nn
 
 from attnvariants._version import __version__
 from attnvariants.hf.holder import CHILD, AttnVariant
+from attnvariants.hf.penalties import AUTO, check_penalties
 from attnvariants.hf.wrappers import plain_name
 from attnvariants.registry import get_variant, list_variants, suggest
 
@@ -21,7 +22,14 @@ RECORD = "attn_variants"
 # whose error then quotes it. It is never registered.
 GUARD = "load with attnvariants.from_pretrained"
 _REQUIRED = {"variant": str, "impl": str, "options": dict, "learned": list, "modules": list}
-_OPTIONAL = {"initial": dict, "trainable": bool, "masks": str, "backend": str}
+# What penalties must be, `check_penalties` knows.
+_OPTIONAL = {
+    "initial": dict,
+    "trainable": bool,
+    "masks": str,
+    "backend": str,
+    "penalties": object,
+}
 
 
 def own_record(holder: Any) -> dict[str, Any] | None:
@@ -143,7 +151,7 @@ def _check_entry(entry: Any, where: str) -> None:
             )
     try:
         variant.resolve(entry["options"])
-        _arguments(entry)
+        check_penalties(_arguments(entry).get("penalties", AUTO))
     except ValueError as error:
         raise ValueError(f"{where} records what {name} does not take: {error}") from error
 
@@ -157,7 +165,7 @@ def _arguments(entry: dict) -> dict[str, Any]:
         value = initial.get(name, variant.options[name].default)
         learned[name] = torch.tensor(value, dtype=torch.float64, device="cpu")
     variant.resolve(learned)
-    more = {name: entry[name] for name in ("trainable", "masks", "backend") if name in entry}
+    more = {name: entry[name] for name in _OPTIONAL if name in entry and name != "initial"}
     return {"impl": entry["impl"], **more, **entry["options"], **learned}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnvariants.hf import softmax_hook
-from attnvariants.hf.dispatch import PREVIOUS
+from attnvariants.hf.dispatch import PENALTIES, PREVIOUS
 from attnvariants.hf.find import Target, attention_modules
 from attnvariants.hf.holder import CHILD, DISPATCH, HOOK
 from attnvariants.hf.names import implementation_of
@@ -31,6 +31,8 @@ class Row:
         parameters: number of learned values that the variant added.
         options: options of the variant that differ between patches, learned ones by name.
         reason: why the module cannot be patched; empty if it can.
+        penalties: numbers in the additive masks of its calls so far that were read as "hidden",
+            the highest and the lowest of each mask, apart from a dtype's minimum.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Row:
     parameters: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
+    penalties: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,9 @@ class Report:
         lines: list[tuple[str, ...]] = [HEAD]
         for row in self.rows:
             options = ", ".join(f"{name}={value}" for name, value in row.options.items())
+            if row.penalties:
+                numbers = ", ".join(f"{number:g}" for number in row.penalties)
+                options += f"{'; ' if options else ''}hides keys at {numbers} in its mask"
             cells = row.name, row.cls, row.layer, row.variant or "-", row.impl, row.parameters
             last = f"refused: {row.reason}" if row.reason else options
             lines.append((*map(str, cells), last))
@@ -120,4 +126,5 @@ def _row(target: Target) -> Row:
             name: "learned" if isinstance(value, Tensor) else value
             for name, value in spec.options.items()
         },
+        penalties=tuple(sorted(getattr(target.module, PENALTIES, ()), reverse=True)),
     )

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from attnvariants.hf import masks, softmax_hook
-from attnvariants.hf.dispatch import PREVIOUS, previous_of
+from attnvariants.hf.dispatch import PENALTIES, PREVIOUS, previous_of
 from attnvariants.hf.find import Target
 from attnvariants.hf.holder import CHILD, HOOK, AttnVariant
 from attnvariants.hf.names import implementation_of, set_implementation
@@ -145,6 +145,7 @@ def remove(model: nn.Module, handles: list[Any]) -> None:
     refuse_peft(model, "unpatch", [present.get(f"{name}.{CHILD}") for name in names])
     for module in (present[name] for name in names if name in present):
         softmax_hook.uninstall(module)
+        module.__dict__.pop(PENALTIES, None)
         if hasattr(module, CHILD):
             delattr(module, CHILD)
     state.handles = [kept for kept in state.handles if not any(kept is gone for gone in handles)]
