@@ -11,19 +11,9 @@ from torch import Tensor
 from torch.masked import MaskedTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from attnvariants.context import readable
+
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether values may be looked at: not while compiling, on the meta device or in a vmap."""
-    if torch.compiler.is_compiling():
-        return False
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return False
-        tensor = functorch.get_unwrapped(tensor)
-    return not tensor.is_meta
 
 
 @dataclass(frozen=True)

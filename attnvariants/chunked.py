@@ -2,20 +2,21 @@
 
 Nothing above a causal diagonal or outside a window is computed. The backward recomputes each
 block and differentiates the variant's own formula (`fused` where it has one, else `ratio`), so
-every variant works from its reference formula alone.
+every variant works from its reference formula alone. Gradients of second order are those of
+`second_order`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from attnvariants import second_order
 from attnvariants.autocast import no_autocast
 from attnvariants.blocks import Block, blocks
 from attnvariants.problem import Problem, RowStats, block_of, compute_dtype, pick
@@ -267,24 +268,21 @@ def gradients(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, problem, query, key, value, bias, slopes, *learned):
+    def forward(ctx, problem, query, key, value, *rest):
         out = forward(query, key, value, problem)
-        held = bias, slopes, problem.keep
-        ctx.save_for_backward(query, key, value, out, *held, *learned)
-        ctx.learned = list(problem.learned)
-        # tensors live in saved_tensors alone, which notices if they are changed in place
-        plain = {k: v for k, v in problem.options.items() if k not in ctx.learned}
-        ctx.problem = replace(problem, options=plain, bias=None, slopes=None, keep=None)
+        ctx.bare, tensors = second_order.held(problem)
+        ctx.names = list(problem.learned)
+        ctx.save_for_backward(query, key, value, out, *tensors)
         return out.to(value.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out):
-        query, key, value, out, bias, slopes, keep, *learned = ctx.saved_tensors
-        options = {**ctx.problem.options, **dict(zip(ctx.learned, learned, strict=True))}
-        problem = replace(ctx.problem, options=options, bias=bias, slopes=slopes, keep=keep)
+        query, key, value, out, *tensors = ctx.saved_tensors
+        problem = second_order.whole(ctx.bare, ctx.names, tensors)
         needs = ctx.needs_input_grad[1:]
-        return None, *gradients(grad_out, out, query, key, value, problem, needs)
+        return None, *second_order.differentiable(
+            gradients, grad_out, out, query, key, value, problem, needs
+        )
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tensor:

@@ -8,18 +8,20 @@ of `attnvariants.ops` do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from attnvariants import chunked
+from attnvariants import chunked, second_order
 from attnvariants.autocast import no_autocast
+from attnvariants.context import readable
 from attnvariants.dropout import Dropout
 from attnvariants.geometry import Geometry
 from attnvariants.ops import _key_of, _literal, _options_of, _variant_of
 from attnvariants.problem import Problem, RowStats, compute_dtype
+from attnvariants.registry import Variant
 
 
 class _Facts(NamedTuple):
@@ -90,9 +92,13 @@ def _arguments(problem: Problem) -> tuple[tuple[Any, ...], _Facts]:
     plain = {k: v for k, v in problem.options.items() if k not in learned}
     seed, position = None, problem.position
     if dropout is not None:
-        seed = dropout.seed if isinstance(dropout.seed, Tensor) else torch.tensor(dropout.seed)
+        seed = (
+            dropout.seed
+            if isinstance(dropout.seed, Tensor)
+            else torch.tensor(dropout.seed, device="cpu")
+        )
     if position is not None and not isinstance(position, Tensor):
-        position = torch.tensor(position)
+        position = torch.tensor(position, device=problem.device)
     tensors = problem.keep, problem.bias, problem.slopes, list(learned.values()), position, seed
     return tensors, _Facts(
         " ".join(learned),
@@ -107,13 +113,24 @@ def _arguments(problem: Problem) -> tuple[tuple[Any, ...], _Facts]:
     )
 
 
-def _problem_of(query: Tensor, key: Tensor, shared: tuple[Any, ...], facts: _Facts) -> Problem:
+def _problem_of(
+    query: Tensor,
+    key: Tensor,
+    shared: tuple[Any, ...],
+    facts: _Facts,
+    variant: Variant | None = None,
+) -> Problem:
+    """The call again; `variant` if its name may have gone to another one since."""
     keep, bias, slopes, learned, position, seed = shared
     heads, q_len, kv_len = query.shape[1], query.shape[2], key.shape[2]
     left, right = (None if side < 0 else side for side in (facts.left, facts.right))
     named = zip(facts.names.split(), learned, strict=True)
+    dropout = None
+    if seed is not None:
+        drawn = int(seed) if readable(seed) else seed
+        dropout = Dropout(facts.dropout_p, drawn, heads, q_len, kv_len)
     return Problem(
-        variant=_variant_of(facts.variant),
+        variant=variant or _variant_of(facts.variant),
         options={**_options_of(facts.options), **dict(named)},
         geometry=Geometry(q_len, kv_len, facts.offset, left, right),
         scale=facts.scale,
@@ -123,7 +140,7 @@ def _problem_of(query: Tensor, key: Tensor, shared: tuple[Any, ...], facts: _Fac
         keep=keep,
         bias=bias,
         slopes=slopes,
-        dropout=None if seed is None else Dropout(facts.dropout_p, int(seed), heads, q_len, kv_len),
+        dropout=dropout,
         position=position,
     )
 
@@ -196,24 +213,21 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     learned = inputs[6]
     ctx.count = len(learned)
     ctx.save_for_backward(output, *inputs[:6], *learned, *inputs[7:9])
-    ctx.facts = inputs[9:]
+    ctx.facts = _Facts(*inputs[9:])
     # the name may go to another variant before the backward
-    ctx.variant = _variant_of(ctx.facts[1])
+    ctx.variant = _variant_of(ctx.facts.variant)
 
 
-@once_differentiable
 def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     out, *tensors = ctx.saved_tensors
     learned, (position, seed) = tensors[6 : 6 + ctx.count], tensors[6 + ctx.count :]
-    needs = ctx.needs_input_grad
+    query, key, value, *shared = tensors[:6]
+    needs, facts = ctx.needs_input_grad, ctx.facts
+    problem = _problem_of(query, key, (*shared, learned, position, seed), facts, ctx.variant)
     wanted = [*needs[:3], *needs[4:6], *needs[6]]
-    facts = ctx.facts
-    if _variant_of(facts[1]) is not ctx.variant:
-        facts = (facts[0], _key_of(ctx.variant), *facts[2:])
-    found = torch.ops.attnvariants.chunked_backward(
-        grad_out, out, *tensors[:6], learned, position, seed, wanted, *facts
+    grads = second_order.differentiable(
+        _gradients, grad_out, out, query, key, value, problem, wanted
     )
-    grads = [grad if need else None for grad, need in zip(found, wanted, strict=True)]
     return (
         *grads[:3],
         None,
@@ -221,6 +235,22 @@ def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         grads[5:],
         *(None,) * (2 + len(facts)),
     )
+
+
+def _gradients(
+    grad_out: Tensor,
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    problem: Problem,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """`chunked.gradients` as one operator."""
+    shared, facts = _arguments(problem)
+    inputs = query, key, value, *shared
+    found = torch.ops.attnvariants.chunked_backward(grad_out, out, *inputs, list(needs), *facts)
+    return [grad if need else None for grad, need in zip(found, needs, strict=True)]
 
 
 torch.library.register_autograd(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # batching registers the operators' vmap rules
-from attnvariants import batching, chunked, chunked_ops, fused, sdpa  # noqa: F401
+from attnvariants import batching, chunked, chunked_ops, context, fused, reference, sdpa  # noqa: F401
 from attnvariants.problem import Problem, RowStats
 from attnvariants.registry import suggest
 from attnvariants.scalars import in_words
@@ -61,8 +61,9 @@ def choose(impl: str, query: Tensor, key: Tensor, value: Tensor, problem: Proble
         reasons = _WHY_NOT[impl](query, key, value, problem)
         if reasons:
             listed = "; ".join(f"({i}) {reason}" for i, reason in enumerate(reasons, 1))
+            any_call = "reference" if _against_chunked(query, key, value, problem) else "chunked"
             raise ValueError(
-                f"impl={impl!r} cannot run this call: {listed}. Use impl='chunked', which runs "
+                f"impl={impl!r} cannot run this call: {listed}. Use impl={any_call!r}, which runs "
                 "any, or impl='auto'."
             )
         return impl
@@ -70,7 +71,9 @@ def choose(impl: str, query: Tensor, key: Tensor, value: Tensor, problem: Proble
         return impl
     if not against_triton(query, key, value, problem):
         return "triton"
-    return "chunked" if _against_sdpa(query, key, value, problem) else "sdpa"
+    if not _against_sdpa(query, key, value, problem):
+        return "sdpa"
+    return "reference" if _against_chunked(query, key, value, problem) else "chunked"
 
 
 def reasons_of(
@@ -85,8 +88,9 @@ def reasons_of(
         others[impl] = cannot.get(impl) or ["asked for"]
         return Explanation(engine, {name: tuple(why) for name, why in others.items()})
     reasons = {
-        "reference": ["it keeps all scores in memory: for tests, asked for by name alone"],
-        "chunked": ["it runs any call, and none that another one runs faster"],
+        "reference": ["it keeps all scores in memory: for what no other engine can run"],
+        "chunked": _against_chunked(*call)
+        or ["it runs any call, and none that another one runs faster"],
         "triton": against_triton(*call),
         "sdpa": _against_sdpa(*call),
     }
@@ -96,15 +100,19 @@ def reasons_of(
         reasons["sdpa"] = reasons["sdpa"] or ["fused kernels come first"]
     elif engine == "sdpa":
         reasons["sdpa"] = ["chosen: the weights are a softmax, and torch's kernel is faster"]
+    elif engine == "reference":
+        reasons["reference"] = ["chosen: it is plain torch, which keeps all scores in memory"]
     else:
         reasons["chunked"] = ["chosen: it runs any call"]
     return Explanation(engine, {name: tuple(why) for name, why in reasons.items()})
 
 
 def run(engine: str, query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tensor:
-    """The output of a prepared call by an engine other than "reference"."""
+    """The output of a prepared call by an engine."""
+    if engine == "reference":
+        return reference.attention(query, key, value, problem)[0]
     if engine == "chunked":
-        return _chunked().attention(query, key, value, problem)
+        return _chunked(query).attention(query, key, value, problem)
     if engine == "sdpa":
         return sdpa.attention(query, key, value, problem)
     return fused.attention(query, key, value, problem)
@@ -114,14 +122,25 @@ def weights_and_stats(
     query: Tensor, key: Tensor, problem: Problem, want_weights: bool, want_stats: bool
 ) -> tuple[Tensor | None, RowStats | None]:
     """Dense weights as applied and row statistics of a prepared call, without a gradient."""
-    return _chunked().weights_and_stats(query, key, problem, want_weights, want_stats)
+    if _against_chunked(query, key, key, problem):
+        return reference.weights_and_stats(query, key, problem, want_weights, want_stats)
+    return _chunked(query).weights_and_stats(query, key, problem, want_weights, want_stats)
 
 
-def _chunked() -> Any:
-    """The chunked engine, as operators where a call is traced."""
-    # torch.func differentiates no custom operator
-    transformed = torch._C._functorch.maybe_current_level() is not None
-    return chunked_ops if torch.compiler.is_compiling() and not transformed else chunked
+def _chunked(query: Tensor) -> Any:
+    """The chunked engine, as operators where a call is recorded or has shapes alone."""
+    recorded = context.recorded() or context.shapes_alone(query)
+    return chunked_ops if recorded else chunked
+
+
+def _against_chunked(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> list[str]:
+    """Why the chunked engine cannot run a call."""
+    reason = context.plain_torch_alone(query, key, value, *_tensors(problem))
+    return [] if reason is None else [reason]
+
+
+def _tensors(problem: Problem) -> list[Tensor | None]:
+    return [problem.bias, problem.slopes, *problem.learned.values()]
 
 
 def against_triton(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> list[str]:
@@ -129,12 +148,13 @@ def against_triton(query: Tensor, key: Tensor, value: Tensor, problem: Problem) 
     if query.device.type != "cuda":
         # the interpreter is for tests
         return [f"query is on {query.device.type} and the kernels need cuda"]
-    return fused.why_not(query, key, value, problem)
+    return _not_kernels(query, key, value, problem)
 
 
 def _against_sdpa(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> list[str]:
     """Why "auto" does not take SDPA."""
     reasons = sdpa.why_not(query, key, value, problem)
+    reasons = reasons or _against_chunked(query, key, value, problem)
     if reasons:
         return reasons
     size = sdpa.mask_size(problem)
@@ -154,7 +174,24 @@ def _against_sdpa(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -
     return reasons
 
 
+def _not_kernels(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> list[str]:
+    """Why the fused kernels cannot run a call."""
+    reasons = fused.why_not(query, key, value, problem)
+    beyond = context.beyond_operators(query, key, value, *_tensors(problem))
+    return reasons if beyond is None else [*reasons, beyond]
+
+
+def _not_sdpa(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> list[str]:
+    """Why torch's SDPA cannot run a call."""
+    reasons = sdpa.why_not(query, key, value, problem)
+    # compiled, it is an operator of torch like any other
+    compiling = torch.compiler.is_compiling()
+    beyond = None if compiling else context.beyond_operators(query, key, value, *_tensors(problem))
+    return reasons if beyond is None else [*reasons, beyond]
+
+
 _WHY_NOT: dict[str, Callable[[Tensor, Tensor, Tensor, Problem], list[str]]] = {
-    "triton": fused.why_not,
-    "sdpa": sdpa.why_not,
+    "chunked": _against_chunked,
+    "triton": _not_kernels,
+    "sdpa": _not_sdpa,
 }

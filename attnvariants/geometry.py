@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnvariants.context import readable, unguarded
+
 # Rows of a mask that are counted at a time.
 _COUNT_ROWS = 256
 
@@ -62,14 +64,16 @@ class Geometry:
         """Number of keys each row sees through `keep` too, `[batch or 1, heads or 1, q_len]`."""
         if keep is None:
             return self.counts(device).view(1, 1, -1)
+        everything = slice(0, self.kv_len)
+        if unguarded():
+            return (keep & self.keep(slice(0, self.q_len), everything, device)).sum(-1)
         if keep.shape[3] == 1:
             return keep[..., 0] * self.counts(device)
         if keep.shape[2] == 1:
             low, high = self._ends(device)
             before = torch.nn.functional.pad(keep[:, :, 0].cumsum(-1), (1, 0))
             return before[..., high] - before[..., low]
-        everything = slice(0, self.kv_len)
-        if torch.compiler.is_compiling():
+        if not readable(keep):
             return (keep & self.keep(slice(0, self.q_len), everything, device)).sum(-1)
         counts = [keep.new_zeros(*keep.shape[:2], 0, dtype=torch.int64)]
         for start in range(0, self.q_len, _COUNT_ROWS):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attnvariants import checks
+from attnvariants.context import readable
 
 
 def used_keys(
@@ -148,8 +149,8 @@ def _integers(
 
 def _need_values(name: str, tensor: Any) -> None:
     known = torch.compiler.is_compiling() or not isinstance(tensor, Tensor)
-    if not known and not checks.readable(tensor):
+    if not known and not readable(tensor):
         raise ValueError(
-            f"{name} must have values that can be read, got a tensor on the meta device or mapped "
-            "by vmap; gather the keys before the call."
+            f"{name} must have values that can be read, got a tensor on the meta device, a fake "
+            "one, or one that is traced or mapped by vmap; gather the keys before the call."
         )

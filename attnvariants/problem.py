@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnvariants import checks, scalars
+from attnvariants.context import readable
 from attnvariants.dropout import Dropout
 from attnvariants.geometry import Geometry, Packed
 from attnvariants.registry import Rows, Variant
@@ -206,7 +207,7 @@ def build(
     given = {"bias": total is not None, "alibi_slopes": slopes is not None, "softcap": bool(cap)}
     for feature, reason in variant.refuses.items():
         if given.get(feature):
-            unread = feature == "bias" and bias is None and not checks.readable(query)
+            unread = feature == "bias" and bias is None and not readable(query)
             hint = "; where values cannot be read, pass attn_mask as bool" if unread else ""
             raise ValueError(f"{variant.name} takes no {feature}: {reason}{hint}.")
     resolved = {
@@ -273,7 +274,7 @@ def _visibility(
             visible, finite = checks.split_mask(tensor)
             # a mask of zeros and -inf adds nothing, whatever the variant makes of a bias
             learned = name == "bias" or tensor.requires_grad
-            if not learned and checks.readable(finite) and not finite.any():
+            if not learned and readable(finite) and not finite.any():
                 finite = None
         else:
             wanted = "bool (True = visible) or floating point" if name == "attn_mask" else "float"
@@ -306,7 +307,7 @@ def _draw_seed(generator: torch.Generator | None) -> int | Tensor:
     """A seed of 62 bits; a tensor, not yet known, while compiling."""
     on = torch.device("cpu") if generator is None else generator.device
     seed = torch.randint(2**62, (), generator=generator, device=on)
-    return int(seed) if checks.readable(seed) else seed
+    return int(seed) if readable(seed) else seed
 
 
 def pick(tensor: Tensor, dim: int, part: slice) -> Tensor:

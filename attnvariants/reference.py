@@ -16,24 +16,40 @@ from attnvariants.registry import Rows, Variant
 def weights(query: Tensor, key: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Weights, scores and visibility of a call, each `[batch, heads, q_len, kv_len]`."""
     geometry = problem.geometry
-    batch, heads, q_len = query.shape[:3]
-    grouped = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
+    rows = problem.all_rows(query.dtype)
+    everything = slice(0, geometry.q_len), slice(0, geometry.kv_len)
+    return weights_of(query, key, problem, rows, *everything)
+
+
+def weights_of(
+    query: Tensor, key: Tensor, problem: Problem, rows: Rows, where: slice, cols: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `weights`, of a block; differentiable, like it.
+
+    Args:
+        query: `[batch, heads, rows, head_dim]`, the block's.
+        key: `[batch, kv_heads, keys, head_dim]`, the block's.
+        problem: the call, its mask, bias, slopes and learned options those of the block.
+        rows: what the variant may know about the block's rows.
+        where: the block's rows in the call.
+        cols: its keys.
+    """
+    geometry = problem.geometry
+    grouped = query.unflatten(1, (key.shape[1], query.shape[1] // key.shape[1]))
     scores = problem.scale * (grouped @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
     if problem.softcap:
         scores = problem.softcap * torch.tanh(scores / problem.softcap)
-    everything = slice(0, q_len), slice(0, geometry.kv_len)
     if problem.slopes is not None:
-        distance = geometry.distance(*everything, query.device).abs()
+        distance = geometry.distance(where, cols, query.device).abs()
         scores = scores - problem.slopes[..., None, None] * distance
     if problem.bias is not None:
         scores = scores + problem.bias
-    keep = geometry.keep(*everything, query.device)
+    keep = geometry.keep(where, cols, query.device)
     if problem.keep is not None:
         keep = keep & problem.keep
     keep = keep.expand(scores.shape)
     if scores.numel() == 0:
         return scores, scores, keep
-    rows = problem.rows(slice(0, batch), slice(0, heads), everything[0], scores.dtype)
     return row_weights(scores, keep, rows, problem.variant, problem.options), scores, keep
 
 
@@ -70,6 +86,15 @@ def attention(
     grouped = w.unflatten(1, (value.shape[1], w.shape[1] // value.shape[1]))
     out = (grouped @ value.to(dtype).unsqueeze(2)).flatten(1, 2)
     return out.to(value.dtype), w, stats
+
+
+@torch.no_grad()
+def weights_and_stats(
+    query: Tensor, key: Tensor, problem: Problem, want_weights: bool, want_stats: bool
+) -> tuple[Tensor | None, RowStats | None]:
+    """As `chunked.weights_and_stats`."""
+    _, w, stats = attention(query, key, key, problem, want_stats)
+    return w if want_weights else None, stats
 
 
 def row_stats(w: Tensor, scores: Tensor, keep: Tensor) -> RowStats:

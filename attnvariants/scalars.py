@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnvariants.checks import dense, readable
+from attnvariants.checks import dense
+from attnvariants.context import readable, recorded
 
 # what to do with a number that is to be learned, which a call's own numbers cannot be
 _LEARN = {
@@ -46,10 +47,10 @@ def plain(name: str, value: Any) -> Any:
                 f"{name} must be a number, got a tensor that requires a gradient, which it would "
                 f"not get; {advice}."
             )
-        if not readable(value) and not torch.compiler.is_compiling():
+        if not readable(value) and not recorded():
             raise ValueError(
                 f"{name} must be a number, got a tensor without a value that can be read (on the "
-                "meta device, or mapped by vmap); pass a Python number."
+                "meta device, fake, or mapped by vmap); pass a Python number."
             )
         return value.item()
     if _is_numpy(value) and not value.ndim:

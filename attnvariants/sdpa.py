@@ -7,11 +7,14 @@ flash-attn is used where it is installed and computes exactly what is asked for.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnvariants import chunked, context, second_order
 from attnvariants.problem import Problem, compute_dtype, with_positive_scale
 
 FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
@@ -33,9 +36,66 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> list
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tensor:
-    """The output of a prepared call, `[batch, heads, q_len, value_dim]`."""
+    """The output of a prepared call, `[batch, heads, q_len, value_dim]`.
+
+    The kernels differentiate once; gradients to be differentiated again are the chunked engine's.
+    """
     # torch's own hides with -inf before it multiplies
     query, problem = with_positive_scale(query, problem)
+    inputs = query, key, value, problem.bias, problem.slopes
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if not wanted or not context.plain():
+        return _once(query, key, value, problem)
+    grad_out: list[Tensor] = []
+    query, key, value, bias, slopes = _Inputs.apply(grad_out, problem, *inputs)
+    out = _once(query, key, value, replace(problem, bias=bias, slopes=slopes))
+    # it comes before the kernels' gradients, which come to _Inputs
+    out.register_hook(lambda grad: grad_out.__setitem__(slice(None), [grad]))
+    return out
+
+
+class _Inputs(torch.autograd.Function):
+    """The inputs as they are; the way back puts differentiable gradients in the kernels' place."""
+
+    @staticmethod
+    def forward(ctx, grad_out, problem, query, key, value, bias, slopes):
+        ctx.grad_out = grad_out
+        ctx.bare, (keep, *_) = second_order.held(problem)
+        ctx.names = list(problem.learned)
+        inputs = query, key, value, bias, slopes
+        ctx.save_for_backward(keep, *inputs, *problem.learned.values())
+        return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in inputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        kept = list(ctx.grad_out)
+        ctx.grad_out.clear()
+        if not kept or not torch.is_grad_enabled():
+            return None, None, *grads
+        keep, query, key, value, *rest = ctx.saved_tensors
+        problem = second_order.whole(ctx.bare, ctx.names, (keep, *rest))
+        needs = [*ctx.needs_input_grad[2:], *(False for _ in ctx.names)]
+        again = second_order.differentiable(
+            _gradients, kept[0], value, query, key, value, problem, needs
+        )
+        return None, None, *again[:5]
+
+
+def _gradients(
+    grad_out: Tensor,
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    problem: Problem,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """`chunked.gradients` where no output was kept; `out` is any tensor."""
+    out = chunked.forward(query, key, value, problem)
+    return chunked.gradients(grad_out, out, query, key, value, problem, needs)
+
+
+def _once(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tensor:
     if _by_flash(query, key, value, problem):
         return _flash(query.to(value.dtype), key.to(value.dtype), value, problem)
     if not key.shape[2]:

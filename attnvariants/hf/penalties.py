@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from attnvariants.checks import readable
+from attnvariants.context import readable
 
 AUTO, ADDED = "auto", "added"
 

@@ -5,6 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from attnvariants.context import readable
+
 LOG2E = math.log2(math.e)
 
 # Up to this score exp2 is far from overflow.
@@ -36,7 +38,7 @@ def softplus_ratio(scores):
     """softplus(s) and its row sum, both times a factor of the row that keeps them representable."""
     weight = F.softplus(scores, threshold=40)
     total = weight.sum(-1, keepdim=True)
-    if bool((total > _SAFE_SUM).all()):
+    if readable(total) and bool((total > _SAFE_SUM).all()):
         return weight, total
     body = F.softplus(scores.clamp(min=_TAIL), threshold=40).log()
     tail = scores - scores.clamp(max=_TAIL).exp() / 2

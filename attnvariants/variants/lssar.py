@@ -46,7 +46,8 @@ def fused(scores, rows, *, p, offset, exempt_rows):
     if p < 1 or p > 64 or p != int(p):
         return ratio(scores / LOG2E, rows, p=p, offset=offset, exempt_rows=exempt_rows)
     weight, total = softplus_fused(scores)
-    lowered = offset * (rows.visible > exempt_rows)
+    # a number times a bool tensor would be rounded to float32
+    lowered = offset * (rows.visible > exempt_rows).to(weight.dtype)
     r = weight * (rows.visible / total) - lowered
     r = F.threshold(r, _TIES * torch.finfo(r.dtype).eps * offset, 0.0)
     # divided by its maximum r^p cannot overflow, and whole powers need no logarithm

@@ -8,6 +8,7 @@ Source: Martins and Astudillo, 2016, arXiv:1602.02068.
 
 import torch
 
+from attnvariants.context import readable
 from attnvariants.registry import Variant
 from attnvariants_kernels._triton import jit, tl
 from attnvariants_kernels.hooks import Hooks, no_sweep
@@ -26,6 +27,8 @@ def threshold(z):
     The support only shrinks, so it is found when its size stays. Keys at or below -1 are never in
     it; where few are above, they are gathered once and the dense rows are not read again.
     """
+    if not readable(z):
+        return threshold_by_sorting(z)
     flat = z.reshape(-1, z.shape[-1])
     tau = flat.new_full(flat.shape[:1], -1.0)
     row, column = (flat > -1).nonzero(as_tuple=True)
@@ -56,6 +59,16 @@ def threshold(z):
             return tau.view(*z.shape[:-1], 1)
         tau = torch.where(shrunk, (fold(candidates * inside) - 1) / found, tau)
         size = torch.where(shrunk, found, size)
+
+
+def threshold_by_sorting(z):
+    """As `threshold`, without a look at the values."""
+    falling = z.clamp(min=-1).sort(-1, descending=True).values
+    sums = falling.cumsum(-1)
+    count = torch.ones_like(falling).cumsum(-1)
+    inside = (1 + count * falling > sums).to(z.dtype)
+    # the support is where the condition holds, which is at the front
+    return ((falling * inside).sum(-1, keepdim=True) - 1) / inside.sum(-1, keepdim=True)
 
 
 def ratio(scores, rows):

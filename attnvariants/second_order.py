@@ -1,0 +1,258 @@
+"""Gradients of the chunked engine's gradients, block by block, from the variant's `ratio`.
+
+The gradients are sums over blocks, and so is what their own backward gives: each block is computed
+again by the reference formula and differentiated twice, in O(tokens) memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attnvariants import context, reference
+from attnvariants.blocks import Block, blocks
+from attnvariants.problem import Problem, block_of, compute_dtype, pick
+
+# query, key, value, bias, slopes and each learned option
+Inputs = Sequence[Tensor | None]
+Gradients = Callable[..., list[Tensor | None]]
+
+_NO_THIRD = (
+    "impl='chunked' has gradients of first and second order only; use impl='reference' to "
+    "differentiate three times."
+)
+
+
+def held(problem: Problem) -> tuple[Problem, Inputs]:
+    """A problem without its tensors, and these: keep, bias, slopes and each learned option.
+
+    A function's context keeps them apart: what it saves notices if it is changed in place.
+    """
+    learned = problem.learned
+    plain = {name: value for name, value in problem.options.items() if name not in learned}
+    bare = replace(problem, options=plain, bias=None, slopes=None, keep=None)
+    return bare, (problem.keep, problem.bias, problem.slopes, *learned.values())
+
+
+def whole(bare: Problem, names: Sequence[str], tensors: Inputs) -> Problem:
+    """The problem again that `held` took apart; `names` are those of the learned options."""
+    keep, bias, slopes, *learned = tensors
+    options = {**bare.options, **dict(zip(names, learned, strict=True))}
+    return replace(bare, options=options, bias=bias, slopes=slopes, keep=keep)
+
+
+def differentiable(
+    first: Gradients,
+    grad_out: Tensor,
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    problem: Problem,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """`first`, which is `chunked.gradients`, with gradients of its own; arguments as it has them.
+
+    Where a vmap maps the incoming gradients, torch's own operators compute all of it, densely.
+    """
+    if context.mapped(grad_out):
+        inputs = query, key, value, problem.bias, problem.slopes, *problem.learned.values()
+        return _dense(grad_out, _aliases(inputs), problem, needs, torch.is_grad_enabled())
+    if not torch.is_grad_enabled():
+        return first(grad_out, out, query, key, value, problem, needs)
+    bare, (keep, *rest) = held(problem)
+    call = first, bare, list(problem.learned), list(needs)
+    return list(_First.apply(*call, out, keep, grad_out, query, key, value, *rest))
+
+
+class _First(torch.autograd.Function):
+    """The gradients as a function of the incoming gradient and all inputs."""
+
+    @staticmethod
+    def forward(ctx, first, bare, names, needs, out, keep, grad_out, query, key, value, *rest):
+        ctx.save_for_backward(keep, grad_out, query, key, value, *rest)
+        ctx.call = bare, names
+        ctx.set_materialize_grads(False)
+        problem = whole(bare, names, (keep, *rest))
+        return tuple(first(grad_out, out, query, key, value, problem, needs))
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        keep, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[6:]
+        count = len(cotangents)
+        if all(cotangent is None for cotangent in cotangents):
+            return (None,) * (6 + len(needs))
+        if any(context.mapped(tensor) for tensor in cotangents if tensor is not None):
+            problem = whole(*ctx.call, (keep, *tensors[4:]))
+            return (None,) * 6 + tuple(_dense_second(cotangents, tensors, problem, needs))
+        grads = _Second.apply(*ctx.call, needs, count, keep, *cotangents, *tensors)
+        return (None,) * 6 + tuple(grads)
+
+
+class _Second(torch.autograd.Function):
+    """What the backward of `_First` gives."""
+
+    @staticmethod
+    def forward(ctx, bare, names, needs, count, keep, *tensors):
+        cotangents, (grad_out, *inputs) = tensors[:count], tensors[count:]
+        problem = whole(bare, names, (keep, *inputs[3:]))
+        return tuple(_second(cotangents, grad_out, inputs, problem, needs))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(_NO_THIRD)
+
+
+def _second(
+    cotangents: Inputs, grad_out: Tensor, inputs: Inputs, problem: Problem, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of sum <cotangent, gradient> to the incoming gradient and all inputs."""
+    of = grad_out, *inputs
+    ready = [None if tensor is None else _ready(tensor) for tensor in of]
+    contents = [None if tensor is None else _ready(tensor) for tensor in cotangents]
+    into = [
+        torch.zeros_like(tensor) if tensor is not None and need else None
+        for tensor, need in zip(ready, needs, strict=True)
+    ]
+    _, query, key, *_ = ready
+    assert query is not None
+    assert key is not None
+    for block in blocks(query.shape[0], key.shape[1], query.shape[1] // key.shape[1], problem):
+        part = _cut(block, problem)
+        leaves = [
+            None if tensor is None else tensor.detach().requires_grad_()
+            for tensor in _parts(block, ready)
+        ]
+        with torch.enable_grad():
+            out = _output(block, leaves[1:], part)
+            asked = [
+                (leaf, cotangent)
+                for leaf, cotangent in zip(
+                    leaves[1:], _parts(block, (None, *contents))[1:], strict=True
+                )
+                if leaf is not None and cotangent is not None
+            ]
+            first = torch.autograd.grad(
+                out, [leaf for leaf, _ in asked], leaves[0], create_graph=True, allow_unused=True
+            )
+        pairs = [
+            (grad, cotangent)
+            for grad, (_, cotangent) in zip(first, asked, strict=True)
+            if grad is not None and grad.requires_grad
+        ]
+        targets = [
+            (leaf, total)
+            for leaf, total in zip(leaves, _parts(block, into), strict=True)
+            if leaf is not None and total is not None
+        ]
+        if not pairs or not targets:
+            continue
+        found = torch.autograd.grad(
+            [grad for grad, _ in pairs],
+            [leaf for leaf, _ in targets],
+            [cotangent for _, cotangent in pairs],
+            allow_unused=True,
+        )
+        for grad, (_, total) in zip(found, targets, strict=True):
+            if grad is not None:
+                total += grad
+    return [
+        None if total is None or tensor is None else total.to(tensor.dtype)
+        for total, tensor in zip(into, of, strict=True)
+    ]
+
+
+def _ready(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(compute_dtype(tensor))
+
+
+def _parts(block: Block, tensors: Inputs) -> list[Tensor | None]:
+    """A block's views of the incoming gradient and all inputs, or of what has their shapes."""
+    grad_out, query, key, value, bias, slopes, *learned = tensors
+    return [
+        None if grad_out is None else block.queries(grad_out),
+        None if query is None else block.queries(query),
+        None if key is None else block.keys(key),
+        None if value is None else block.keys(value),
+        None if bias is None else block_of(bias, *block.where),
+        None if slopes is None else pick(pick(slopes, 0, block.batch), 1, block.heads),
+        *(None if option is None else pick(option, 0, block.heads) for option in learned),
+    ]
+
+
+def _cut(block: Block, problem: Problem) -> Problem:
+    """The problem with the mask of a block alone."""
+    keep = problem.keep
+    return problem if keep is None else replace(problem, keep=block_of(keep, *block.where))
+
+
+def _output(block: Block, leaves: Inputs, problem: Problem) -> Tensor:
+    """A block's rows of the output, by the reference formula."""
+    query, key, value, bias, slopes, *learned = leaves
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    options = {**problem.options, **dict(zip(problem.learned, learned, strict=True))}
+    part = replace(problem, options=options, bias=bias, slopes=slopes)
+    rows = problem.rows(block.batch, block.heads, block.rows, query.dtype)
+    w, _, _ = reference.weights_of(query, key, part, rows, block.rows, block.cols)
+    if problem.dropout is not None:
+        w = w * problem.dropout.factor(*block.where, like=w)
+    return block.ungroup(block.group(w) @ value)
+
+
+def _dense(
+    grad_out: Tensor, inputs: Inputs, problem: Problem, needs: Sequence[bool], again: bool
+) -> list[Tensor | None]:
+    """Gradients by torch alone, to be differentiated `again` or not."""
+    query, key, value, bias, slopes, *learned = inputs
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    bare, (keep, *_) = held(problem)
+    problem = whole(bare, list(problem.learned), (keep, bias, slopes, *learned))
+    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
+    with torch.enable_grad():
+        out, _, _ = reference.attention(query, key, value, problem)
+        found = torch.autograd.grad(out, wanted, grad_out, create_graph=again, allow_unused=True)
+    return _spread(found, needs)
+
+
+def _dense_second(
+    cotangents: Inputs, tensors: Inputs, problem: Problem, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """As `_second`, by torch alone."""
+    tensors = _aliases(tensors)
+    grad_out, *inputs = tensors
+    assert grad_out is not None
+    asked = [cotangent is not None for cotangent in cotangents]
+    first = _dense(grad_out, inputs, problem, asked, True)
+    pairs = [
+        (grad, cotangent)
+        for grad, cotangent in zip(first, cotangents, strict=True)
+        if grad is not None and grad.requires_grad
+    ]
+    found = torch.autograd.grad(
+        [grad for grad, _ in pairs],
+        [tensor for tensor, need in zip(tensors, needs, strict=True) if need],
+        [cotangent for _, cotangent in pairs],
+        create_graph=torch.is_grad_enabled(),
+        allow_unused=True,
+    )
+    return _spread(found, needs)
+
+
+@torch.enable_grad()
+def _aliases(tensors: Inputs) -> list[Tensor | None]:
+    """The same tensors, none of which depends on another as far as autograd knows."""
+    return [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+
+
+def _spread(found: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    """What was found, in the places where it was needed."""
+    each = iter(found)
+    return [next(each) if need else None for need in needs]
