@@ -15,12 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
 from attnvariants import scalars
 from attnvariants.checks import DTYPES, dense
-=======
 from attnvariants.context import readable
->>>>>>> 7042100 (Gradients of gradients are right in the chunked engine, block by block, and torch's kernels get them too)
 
 if TYPE_CHECKING:
     from attnvariants.geometry import Packed

@@ -87,7 +87,8 @@ class _First(torch.autograd.Function):
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * (6 + len(needs))
         if any(context.mapped(tensor) for tensor in cotangents if tensor is not None):
-            problem = whole(*ctx.call, (keep, *tensors[4:]))
+            bare, names = ctx.call
+            problem = whole(bare, names, (keep, *tensors[4:]))
             return (None,) * 6 + tuple(_dense_second(cotangents, tensors, problem, needs))
         grads = _Second.apply(*ctx.call, needs, count, keep, *cotangents, *tensors)
         return (None,) * 6 + tuple(grads)
@@ -215,7 +216,7 @@ def _dense(
     assert value is not None
     bare, (keep, *_) = held(problem)
     problem = whole(bare, list(problem.learned), (keep, bias, slopes, *learned))
-    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
+    wanted = _needed(inputs, needs)
     with torch.enable_grad():
         out, _, _ = reference.attention(query, key, value, problem)
         found = torch.autograd.grad(out, wanted, grad_out, create_graph=again, allow_unused=True)
@@ -238,7 +239,7 @@ def _dense_second(
     ]
     found = torch.autograd.grad(
         [grad for grad, _ in pairs],
-        [tensor for tensor, need in zip(tensors, needs, strict=True) if need],
+        _needed(tensors, needs),
         [cotangent for _, cotangent in pairs],
         create_graph=torch.is_grad_enabled(),
         allow_unused=True,
@@ -250,6 +251,11 @@ def _dense_second(
 def _aliases(tensors: Inputs) -> list[Tensor | None]:
     """The same tensors, none of which depends on another as far as autograd knows."""
     return [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+
+
+def _needed(tensors: Inputs, needs: Sequence[bool]) -> list[Tensor]:
+    each = zip(tensors, needs, strict=True)
+    return [tensor for tensor, need in each if need and tensor is not None]
 
 
 def _spread(found: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
