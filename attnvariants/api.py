@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnvariants import chunked, engines, reference
 from attnvariants.autocast import autocast_inputs, no_autocast
+from attnvariants.magnitude import beyond_float32
 from attnvariants.problem import build, prepare
 from attnvariants.registry import Variant, get_variant
 from attnvariants.scalars import check_flag
@@ -77,7 +78,9 @@ def attention(
     Returns:
         `[batch, heads, q_len, value_dim]` in value's dtype, or a tuple of it and what else was
         asked for, weights before statistics. Half precision is computed in float32, by "triton"
-        and "sdpa" with products of half precision.
+        and "sdpa" with products of half precision; what float32 could not hold on the way, such
+        as scores of 1e39, the engines in torch compute in float64 (not while compiling). A result
+        that its dtype cannot hold is infinite.
 
     Raises:
         ValueError: an argument is out of the contract, or means nothing for the variant, or the
@@ -123,7 +126,24 @@ def _attention(
     with no_autocast(query):
         problem = build(query, key, value, variant, options, **call)
         engine = engines.choose(impl, query, key, value, problem)
+        inputs = query, key, value
         query, key = prepare(query, key, problem)
+        if engine != "triton" and beyond_float32(query, key, value, problem):
+            q, k, v = (tensor.double() for tensor in inputs)
+            results = _attention(
+                q,
+                k,
+                v,
+                variant,
+                options,
+                impl=engine,
+                return_weights=return_weights,
+                return_stats=return_stats,
+                # drawn once
+                seed=None if problem.dropout is None else problem.dropout.seed,
+                **call,
+            )
+            return _rounded(results, value.dtype)
         if engine == "reference":
             out, weights, stats = reference.attention(query, key, value, problem, return_stats)
         else:
@@ -136,6 +156,20 @@ def _attention(
     extra: list[Any] = [weights] if return_weights else []
     extra += [stats] if return_stats else []
     return (out, *extra) if extra else out
+
+
+def _rounded(results: Any, dtype: torch.dtype) -> Any:
+    """What a call in float64 gave, in the dtypes of one in float32."""
+    if isinstance(results, Tensor):
+        return results.to(dtype)
+    out, *extra = results
+    return out.to(dtype), *(_in_float32(item) for item in extra)
+
+
+def _in_float32(item: Any) -> Any:
+    if isinstance(item, tuple):
+        return type(item)(*(_in_float32(part) for part in item))
+    return item.float() if item.is_floating_point() else item
 
 
 def iter_weights(
@@ -181,5 +215,11 @@ def iter_weights(
             scale=scale,
             position=position,
         )
-        query, key = prepare(query, key, problem)
-    return chunked.weight_blocks(query, key, problem)
+        prepared = prepare(query, key, problem)
+        wide = beyond_float32(*prepared, key, problem)
+        if wide:
+            prepared = prepare(query.double(), key.double(), problem)
+    found = chunked.weight_blocks(*prepared, problem)
+    if not wide:
+        return found
+    return (block._replace(weights=block.weights.float()) for block in found)

@@ -22,6 +22,9 @@ from attnvariants.blocks import Block, blocks
 from attnvariants.problem import Problem, RowStats, block_of, compute_dtype, pick
 from attnvariants.reference import row_stats
 
+# Rows whose largest score is below this lose nothing that counts to a change of its unit.
+_UNIT_RANGE = 16.0
+
 
 class WeightBlock(NamedTuple):
     """Weights of some rows; keys outside `cols` have weight 0 for these rows.
@@ -54,23 +57,22 @@ class _Part:
         shaped = problem.softcap or problem.slopes is not None or problem.bias is not None
         # the unit of `fused` goes into the scale where nothing comes between
         self.late_unit = self.unit if shaped else 1.0
-        self.scale = problem.scale * self.unit / self.late_unit
+        # what the scores are in units of until they are shown
+        self.early_unit = self.unit / self.late_unit
+        self.scale = problem.scale * self.early_unit
         self.q = block.group(block.queries(q) * self.scale)
         self.k = block.keys(k)
         self.scores = block.ungroup(torch.matmul(self.q, self.k.transpose(-1, -2)))
-        self.cap_slope: Tensor | None = None
+        self.capped: Tensor | None = None
         self._factors: Tensor | None = None
         if problem.softcap:
-            self.scores.div_(problem.softcap).tanh_()
-            self.cap_slope = 1 - self.scores.square()
-            self.scores.mul_(problem.softcap)
+            self.capped = self.scores.div_(problem.softcap)
+            self.scores = self.capped.tanh().mul_(problem.softcap)
         if problem.slopes is not None:
             slopes = pick(pick(problem.slopes, 0, block.batch), 1, block.heads)
             self.scores -= slopes[..., None, None] * self._distance()
         if problem.bias is not None:
             self.scores += block_of(problem.bias, *block.where)
-        if self.late_unit != 1:
-            self.scores.mul_(self.late_unit)
         self.hidden_keys = None if problem.keep is None else ~self.keep()
         self.rows = problem.rows(block.batch, block.heads, block.rows, q.dtype)
         self.blind = self.rows.visible == 0 if problem.any_blind else None
@@ -102,8 +104,23 @@ class _Part:
 
     def shown(self) -> Tensor:
         """The scores times `unit`, overwritten where hidden by the score that means so."""
-        self._hide(self.scores, self.problem.hidden * self.unit)
-        return self.scores if self.blind is None else self.scores.masked_fill_(self.blind, 0.0)
+        self._hide(self.scores, self.problem.hidden * self.early_unit)
+        if self.blind is not None:
+            self.scores.masked_fill_(self.blind, 0.0)
+        if self.late_unit != 1:
+            self._multiply_late()
+        return self.scores
+
+    def _multiply_late(self) -> None:
+        """Change the unit of scores whose offset, as a bias of -3e4, would be rounded by it."""
+        peak = self.scores.amax(-1, keepdim=True)
+        if self.problem.variant.softmax_scores:
+            self.scores.sub_(peak)
+        elif not float(peak.abs().max()) < _UNIT_RANGE:
+            # the formula itself tells a row's offset, and has another unit
+            self.formula, self.unit, self.late_unit = self.problem.variant.ratio, 1.0, 1.0
+            return
+        self.scores.mul_(self.late_unit)
 
     def options(self) -> dict[str, Any]:
         """The variant's options, learned ones narrowed to the block's heads."""
@@ -142,14 +159,20 @@ class _Part:
         if into.slopes is not None:
             part = pick(pick(into.slopes, 0, block.batch), 1, block.heads)
             part -= (grad * self._distance()).sum((-1, -2)).sum_to_size(part.shape)
-        if self.cap_slope is not None:
-            grad = grad * self.cap_slope
+        if self.capped is not None:
+            grad = grad * _tanh_slope(self.capped)
         grad = block.group(grad)
         if into.query is not None:
             part = block.ungroup(torch.matmul(grad, self.k))
             torch.mul(part, self.scale, out=block.queries(into.query))
         if into.key is not None:
             block.keys(into.key).add_(torch.matmul(grad.transpose(-1, -2), self.q))
+
+
+def _tanh_slope(x: Tensor) -> Tensor:
+    """1 - tanh(x)^2 without its cancellation where tanh is near 1."""
+    e = x.abs().mul_(-2).exp_()
+    return 4 * e / (1 + e).square_()
 
 
 @dataclass
@@ -207,7 +230,7 @@ def _backward(
             numerator, denominator = part.ratio(shown.requires_grad_(), {**options, **leaves})
         with torch.no_grad():
             # out = dropped numerator @ value / denominator
-            d_out, o = block.queries(grad_out), block.queries(out)
+            d_out = block.queries(grad_out)
             d_out = d_out if denominator is None else d_out / denominator
             d_numerator = torch.matmul(block.group(d_out), block.keys(v).transpose(-1, -2))
             d_numerator = part.drop(block.ungroup(d_numerator))
@@ -218,7 +241,9 @@ def _backward(
             outputs, cotangents = [numerator], [d_numerator]
             if denominator is not None and denominator.requires_grad:
                 outputs.append(denominator)
-                d_denominator = -(d_out * o).sum(-1, keepdim=True)
+                # d_out . out, summed as the formula's backward sums: a row of one key cancels
+                d_denominator = -torch.linalg.vecdot(numerator, d_numerator).unsqueeze(-1)
+                d_denominator = d_denominator / denominator
                 cotangents.append(d_denominator.sum_to_size(denominator.shape))
         found = torch.autograd.grad(
             outputs, [shown, *leaves.values()], cotangents, allow_unused=True
@@ -299,7 +324,7 @@ def weight_blocks(query: Tensor, key: Tensor, problem: Problem) -> Iterator[Weig
     for block in blocks(batch, k.shape[1], heads // k.shape[1], problem):
         with torch.no_grad(), no_autocast(q):
             part = _Part(block, q, k, problem)
-            scores = part.scores / part.unit
+            scores = part.scores / part.early_unit
             numerator, denominator = part.ratio(part.shown(), part.options())
             if denominator is not None:
                 numerator = numerator.div_(denominator)

@@ -184,7 +184,7 @@ def build(
         geometry = Geometry(
             q_len, kv_len, kv_len - q_len if offset is None else offset, left, right
         )
-    keep, total = _visibility(attn_mask, bias, (batch, heads, q_len, kv_len), device)
+    keep, total = _visibility(attn_mask, bias, (batch, heads, q_len, kv_len), device, dtype)
     slopes = None
     if alibi_slopes is not None:
         several = batch if packed is None else packed.cu_q.shape[0] - 1
@@ -230,7 +230,7 @@ def build(
         tokens_q=q_len,
         device=device,
         keep=keep,
-        bias=None if total is None else total.to(dtype),
+        bias=total,
         slopes=slopes,
         dropout=dropout,
         packed=packed,
@@ -255,6 +255,7 @@ def _visibility(
     bias: Tensor | None,
     shape: tuple[int, ...],
     device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Visibility (bool or None) and additive bias (or None) of the two arguments together."""
     keep: Tensor | None = None
@@ -283,6 +284,8 @@ def _visibility(
         if visible is not None:
             keep = visible if keep is None else keep & visible
         if finite is not None:
+            # a sum of two in half precision would be rounded to it
+            finite = finite.to(dtype)
             total = finite if total is None else total + finite
     return keep, total
 

@@ -25,6 +25,8 @@ Again = Callable[[float, int], Results]
 
 # Units of rounding, of the largest entry of the row, that no engine can be asked to avoid.
 _ROUNDINGS = 8.0
+# Units of the largest entry of all, where the formula itself cancels inside a row.
+_ROUNDINGS_OF_ALL = 4.0
 # Times the reference's own movement under one unit of rounding of each input.
 _MOVEMENTS = 6.0
 _TRIES = 4
@@ -185,25 +187,27 @@ def _judge(
 ) -> Fault | None:
     if got.shape != want.shape:
         return Fault(name, f"of shape {list(got.shape)}, not {list(want.shape)}", math.inf, 1.0)
+    if not got.numel():
+        return None
     limits = torch.finfo(dtype)
     # what is not finite in float64, or out of the dtype's range, may be anything but a number
     defined = want.isfinite()
     if bool((got.isnan() & defined).any()):
         return Fault(name, "NaN", math.inf, math.inf)
     representable = defined & (want.abs() < limits.max * (1 - _MOVEMENTS * limits.eps))
-    if bool((got.isinf() & representable & ~spread.overflows(name, limits.max)).any()):
+    endless = got.isinf() & representable
+    if bool(endless.any()) and bool((endless & ~spread.overflows(name, limits.max)).any()):
         return Fault(name, "infinite", math.inf, math.inf)
     zero = want.new_zeros(())
     want = want.where(representable, zero)
     error = (got.where(representable & got.isfinite(), zero) - want).abs()
-    if not error.numel():
-        return None
     rounding = limits.eps / 2 * want.abs() + max(limits.smallest_normal * limits.eps, 1e-45)
     allowed = rounding * 1.01 + _ROUNDINGS * unit * _row_max(want.abs())
     if bool((error <= allowed).all()):
         return None
     for tries in (_TRIES, _MORE_TRIES):
         wider = allowed + _MOVEMENTS * spread.of(name, tries)
+        wider += _ROUNDINGS_OF_ALL * unit * want.abs().max()
         wider = torch.where(spread.jumps(name, tries), torch.inf, wider)
         if bool((error <= wider).all()):
             return None

@@ -56,9 +56,15 @@ def softplus_fused(scores):
 
 
 def unit(x, length=1.0):
-    """length x / |x| along the last dimension; a zero vector stays zero, with zero gradient."""
+    """length x / |x| along the last dimension; a zero vector stays zero, with zero gradient.
+
+    Divided by its largest entry first, whose gradient cancels: |x|^2 would leave the dtype's range
+    from 1e19 on and under 1e-19, and the gradient's terms cancel before they are divided.
+    """
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    alive = largest > 0
+    x = x / torch.where(alive, largest, 1.0)
     square = (x * x).sum(-1, keepdim=True)
-    alive = square > 0
     return x * (torch.where(alive, square, 1.0).rsqrt() * alive * length)
 
 
