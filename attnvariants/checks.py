@@ -73,6 +73,12 @@ def dense(name: str, tensor: Any) -> Tensor:
             f"{name} must be a plain tensor, got a MaskedTensor; pass its get_data(), and its "
             "get_mask() as attn_mask."
         )
+    # by its name, because importing it would import all of torch.distributed
+    if type(tensor).__name__ == "DTensor":
+        raise ValueError(
+            f"{name} must be a plain tensor, got a DTensor; pass its to_local(), with batch or "
+            "heads sharded and tokens whole."
+        )
     if tensor.is_nested:
         raise ValueError(
             f"{name} must be a plain tensor, got a nested one; pack its sequences one after "

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from attnvariants.checks import dense
-from attnvariants.context import readable, recorded
 
 # what to do with a number that is to be learned, which a call's own numbers cannot be
 _LEARN = {
@@ -47,15 +46,22 @@ def plain(name: str, value: Any) -> Any:
                 f"{name} must be a number, got a tensor that requires a gradient, which it would "
                 f"not get; {advice}."
             )
-        if not readable(value) and not recorded():
-            raise ValueError(
-                f"{name} must be a number, got a tensor without a value that can be read (on the "
-                "meta device, fake, or mapped by vmap); pass a Python number."
-            )
-        return value.item()
+        return _item(name, value)
     if _is_numpy(value) and not value.ndim:
         return value.item()
     return value
+
+
+def _item(name: str, value: Tensor) -> Any:
+    if torch.compiler.is_compiling():
+        return value.item()
+    try:
+        return value.item()
+    except RuntimeError:
+        raise ValueError(
+            f"{name} must be a number, got a tensor without a value that can be read (on the meta "
+            "device, fake, or mapped by vmap); pass a Python number."
+        ) from None
 
 
 def _is_numpy(value: Any) -> bool:

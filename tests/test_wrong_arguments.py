@@ -70,6 +70,8 @@ WRONG = {
     "jagged": torch.nested.nested_tensor([torch.ones(4, 8), torch.ones(2, 8)], layout=torch.jagged),
     "quantized": torch.quantize_per_tensor(torch.ones(6, 6), 0.1, 0, torch.quint8),
     "masked": as_masked_tensor(torch.ones(6, 6), torch.ones(6, 6).bool()),
+    # the real one needs processes
+    "sharded": torch.ones(2, 4, 6, 8).as_subclass(type("DTensor", (torch.Tensor,), {})),
     "meta": torch.ones(2, 4, 6, 8, device="meta"),
     "meta scalar": torch.ones((), device="meta"),
     "bool tensors": torch.ones(2, 4, 6, 8, dtype=torch.bool),
