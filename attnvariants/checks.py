@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.masked import MaskedTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from attnvariants.context import readable
+from attnvariants.context import batched, readable
 
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -258,6 +258,11 @@ def check_cu_seqlens(name: str, cu_seqlens: Any, tokens: int | None, of: str) ->
         )
     if dense(name, cu_seqlens).dim() != 1 or not cu_seqlens.numel():
         raise ValueError(f"{name} must have shape [sequences + 1], got {list(cu_seqlens.shape)}.")
+    if not torch.compiler.is_compiling() and batched(cu_seqlens):
+        raise ValueError(
+            f"{name} must be the same for all that vmap maps, got a mapped tensor; pack the mapped "
+            "sequences too."
+        )
     if not readable(cu_seqlens):
         return None
     bounds = _bounds(cu_seqlens)

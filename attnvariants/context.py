@@ -16,14 +16,19 @@ def readable(tensor: Tensor) -> bool:
     """Whether values may be looked at: not of meta or fake tensors, nor where a call is recorded
     to run on others, nor in a vmap.
     """
-    if recorded() or _has_mode(_MODES.FAKE):
+    if recorded() or _has_mode(_MODES.FAKE) or batched(tensor):
         return False
+    return not shapes_alone(tensor)
+
+
+def batched(tensor: Tensor) -> bool:
+    """Whether a vmap of torch.func maps this very tensor, under whatever other transforms."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
-            return False
+            return True
         tensor = functorch.get_unwrapped(tensor)
-    return not shapes_alone(tensor)
+    return False
 
 
 def shapes_alone(tensor: Tensor) -> bool:

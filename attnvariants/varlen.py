@@ -11,6 +11,7 @@ from torch import Tensor
 from attnvariants import checks, engines, fused, scalars
 from attnvariants.api import attention
 from attnvariants.autocast import autocast_inputs, no_autocast
+from attnvariants.context import shapes_alone, unguarded
 from attnvariants.geometry import Packed
 from attnvariants.problem import Problem, RowStats, build, prepare
 from attnvariants.registry import Variant, get_variant
@@ -82,12 +83,27 @@ def attention_varlen(
         if out is not None:
             return out
 
+    if unguarded():
+        raise ValueError(
+            "attention_varlen cannot be recorded by torch.jit.trace or torch.onnx.export, which "
+            "would keep the boundaries cu_seqlens_q and cu_seqlens_k of this call for all others; "
+            "pad the sequences and call attention with a mask."
+        )
     results = []
     if alibi_slopes is not None:
         alibi_slopes = checks.check_slopes(
             alibi_slopes, cu_seqlens_q.shape[0] - 1, query.shape[1], query.device
         )
-    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    if shapes_alone(packed.cu_q) or shapes_alone(packed.cu_k):
+        if return_weights:
+            raise ValueError(
+                "return_weights must be False where cu_seqlens_q has no values (on the meta "
+                "device, or fake): the weights' sizes depend on them."
+            )
+        # one sequence of all tokens has the output's and statistics' shapes
+        bounds_q, bounds_k = [0, query.shape[0]], [0, key.shape[0]]
+    else:
+        bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     if len(bounds_q) == 1:
         # no sequence at all: one empty one has the same output, and its call the same checks
         bounds_q, bounds_k, alibi_slopes = [0, 0], [0, 0], None

@@ -5,6 +5,7 @@ from itertools import pairwise
 import plain_streaming
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnvariants
 from attnvariants import attention_varlen, get_variant
@@ -113,3 +114,29 @@ def test_packed_positions_of_cosformer():
         want = attnvariants.problem.prepare(one_q, one_k, alone)
         torch.testing.assert_close(fq[:, :, a:b], want[0])
         torch.testing.assert_close(fk[:, :, c:d], want[1])
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_packed_sequences_without_values_have_shapes(kind):
+    with FakeTensorMode() if kind == "fake" else torch.device("meta"):
+        q, k, cu = torch.empty(10, 4, 8), torch.empty(12, 2, 8), torch.empty(4, dtype=torch.int32)
+        slopes = torch.empty(3, 4)
+        call = {"variant": "softpick", "causal": True, "alibi_slopes": slopes}
+        out, stats = attention_varlen(q, k, k, cu, cu, return_stats=True, **call)
+        assert out.shape == (10, 4, 8)
+        assert stats.mass.shape == (4, 10)
+        assert attnvariants.flash_attn_varlen_func(q, k, k, cu, cu, 5, 6).shape == (10, 4, 8)
+        with pytest.raises(ValueError, match="return_weights must be False where cu_seqlens_q"):
+            attention_varlen(q, k, k, cu, cu, return_weights=True)
+
+
+def test_boundaries_that_differ_are_refused_where_they_cannot():
+    leaves, cu = packed()
+    leaves = [leaf.detach() for leaf in leaves]
+    with pytest.raises(ValueError, match="cu_seqlens_q must be the same for all that vmap maps"):
+        torch.vmap(lambda c: attention_varlen(*leaves, c, cu[1]))(torch.stack([cu[0], cu[0]]))
+    with pytest.raises(ValueError, match=r"cannot be recorded by torch\.jit\.trace"):
+        torch.jit.trace(lambda q: attention_varlen(q, *leaves[1:], *cu), leaves[0])
+    one = attention_varlen(*leaves, *cu)
+    mapped = torch.vmap(lambda q: attention_varlen(q, *leaves[1:], *cu))(leaves[0][None])
+    torch.testing.assert_close(mapped[0], one)
