@@ -22,6 +22,7 @@ from attnvariants.compat import (
 from attnvariants.engines import Explanation
 from attnvariants.explanation import explain
 from attnvariants.problem import RowStats
+from attnvariants.recorded import watch as _watch
 from attnvariants.registry import Option, Rows, Variant, get_variant, list_variants, register
 from attnvariants.varlen import attention_varlen
 
@@ -54,6 +55,8 @@ __all__ = [
     "scaled_dot_product_attention",
     "unpatch",
 ]
+
+_watch()
 
 _LAZY = dict.fromkeys(("Patch", "from_pretrained", "patch", "save_pretrained", "unpatch"), "hf")
 

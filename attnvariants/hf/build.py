@@ -136,7 +136,8 @@ def _learned(
     learned = {}
     for name, value in values.items():
         given = isinstance(value, Tensor)
-        tensor = value.detach() if given else torch.tensor(value, device="cpu")
+        # not in the default dtype, which may be a narrow one
+        tensor = value.detach() if given else torch.tensor(value, dtype=torch.float64, device="cpu")
         if tensor.numel() not in (1, heads):
             raise ValueError(
                 f"{variant.name}'s {name} must be a number or [{heads}] values, one for each head "

@@ -13,7 +13,7 @@ from attnvariants.hf import masks
 from attnvariants.hf.find import attention_modules
 from attnvariants.hf.holder import CHILD
 from attnvariants.hf.names import implementation_of
-from attnvariants.hf.record import GUARD, RECORD, entries_of, record_of
+from attnvariants.hf.record import GUARD, SAVED_AS, entries_of, record_of
 from attnvariants.hf.state import state_of
 from attnvariants.hf.wrappers import (
     gathered,
@@ -23,6 +23,7 @@ from attnvariants.hf.wrappers import (
     plain_name,
     unwrapped,
 )
+from attnvariants.recorded import RECORD
 
 
 def save_pretrained(
@@ -82,6 +83,12 @@ def _checked(model: Any) -> list[dict[str, Any]]:
             "loaded by a plain from_pretrained, which gives other numbers; load it with "
             f"attnvariants.from_pretrained, or delete model.config.{RECORD} to save it as it is."
         )
+    if entries and getattr(model.config, "output_attentions", False):
+        raise ValueError(
+            "transformers neither saves nor loads config.output_attentions=True but for eager "
+            f"attention; set it to False on the config of this {kind}, and pass "
+            "output_attentions=True to its calls."
+        )
     owner: dict[int, str] = {}
     for name, module in model.named_modules():
         holder = module._modules.get(CHILD)
@@ -128,14 +135,16 @@ def _check_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 @contextmanager
 def _recorded(config: Any, entries: list[dict[str, Any]], guard: bool) -> Iterator[None]:
     """The config with the record of what the model carries, and as it was afterwards."""
-    written: dict[str, Any] = {RECORD: record_of(entries)} if entries else {}
+    own = config.__dict__
+    before = {name: own[name] for name in (RECORD, SAVED_AS) if name in own}
+    if entries:
+        own[RECORD] = record_of(entries)
+        own.pop(SAVED_AS, None)
     if entries and guard:
-        written["attn_implementation"] = GUARD
-    before = {name: config.__dict__[name] for name in written if name in config.__dict__}
-    config.__dict__.update(written)
+        own[SAVED_AS] = GUARD
     try:
         yield
     finally:
-        for name in written:
-            config.__dict__.pop(name, None)
-        config.__dict__.update(before)
+        for name in (RECORD, SAVED_AS):
+            own.pop(name, None)
+        own.update(before)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import attnvariants
 from attnvariants.hf import masks, penalties
 from attnvariants.hf.eager import UNSUPPORTED, eager_of
+from attnvariants.hf.find import own_config
 from attnvariants.hf.holder import CHILD, Spec
 from attnvariants.hf.lazy import LazyMask, View, to_float
 from attnvariants.hf.names import attention_functions, mask_functions, masking, output_collector
@@ -26,12 +28,18 @@ from attnvariants.hf.sparse import picked
 PREVIOUS = "_attn_previous"
 # Attribute of a patched module: the numbers in its masks that were read as "hidden".
 PENALTIES = "_attn_penalties"
+# Attribute of modules whose model's config records variants: why those could not be restored.
+UNRESTORED = "_attn_unrestored"
+# Attribute of modules that were looked at when their model was patched, and have no `PREVIOUS`.
+SEEN = "_attn_seen"
 # Attribute of the keys that a `RecurrentCache` hands out: the layer that attends with its state.
 RECURRENT = "_attn_recurrent"
 # Called after each call of a patched module with (module, query, key, output, call): the output is
 # [batch, heads, q_len, value_dim], `call` the keyword arguments of `api.iter_weights`, and the
 # learned "sinks" if the module has any.
 observers: list[Callable[..., None]] = []
+# The configs that patches have switched to our keys, by id: a copy of one is none of them.
+switched: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 _collector: Any = None
 
@@ -128,9 +136,16 @@ def previous_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The operator a module had before its model was patched, with the mask it expects.
 
-    A module that the patcher never saw (a second model built on the same config object) has no
-    previous operator on record and gets the eager one of its own file, which is always exact.
+    A module of another model on the same config object, built before this one was patched, has
+    none on record and gets the eager one of its own file, which is always exact.
+
+    Raises:
+        ValueError: the patcher never saw the module, nor its config.
     """
+    if not (hasattr(module, PREVIOUS) or hasattr(module, SEEN)):
+        config = own_config(module)
+        if hasattr(module, UNRESTORED) or switched.get(id(config)) is not config:
+            raise ValueError(unpatched(module))
     forward, form = getattr(module, PREVIOUS, None) or (eager_of(type(module)), "float")
     if isinstance(mask, LazyMask):
         mask = mask.as_asked(form)
@@ -147,6 +162,17 @@ def previous_forward(
     elif isinstance(mask, Tensor) and not mask.is_floating_point():
         mask = mask != 0
     return forward(module, query, key, value, mask, **kwargs)
+
+
+def unpatched(module: nn.Module) -> str:
+    """Why a module that no patch has seen computes nothing under our keys."""
+    why = getattr(module, UNRESTORED, "")
+    return (
+        f"the attention implementation of this {type(module).__name__} is the one of patched "
+        f"models and the module was never patched, so its variant is not known{why and ': '}"
+        f"{why.rstrip('.')}; load its model with attnvariants.from_pretrained, or call "
+        "model.set_attn_implementation('sdpa') and then attnvariants.patch."
+    )
 
 
 def previous_of(module: nn.Module, implementation: str) -> tuple[Callable[..., Any], str]:

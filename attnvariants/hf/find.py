@@ -88,7 +88,7 @@ def attention_modules(model: nn.Module) -> list[Target]:
     parts = _config_paths(getattr(model, "config", None))
     found: list[Target] = []
     for name, module in model.named_modules():
-        cls, config = type(module), _own_config(module)
+        cls, config = type(module), own_config(module)
         calls = dispatches(cls)
         package = replaced_by(cls) if _ATTENTION_NAME.search(cls.__name__) else ""
         if package:
@@ -170,7 +170,7 @@ def _module_bases(cls: type) -> Iterator[Any]:
     return (base for base in cls.__mro__ if issubclass(base, nn.Module) and base is not nn.Module)
 
 
-def _own_config(module: nn.Module) -> Any:
+def own_config(module: nn.Module) -> Any:
     """The config whose implementation the module's forward reads, `config` where it reads none."""
     named = re.search(rf"self\.(\w+)\.{IMPLEMENTATION}", forward_source(type(module)))
     return getattr(module, named[1] if named else "config", None)

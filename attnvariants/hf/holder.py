@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ CHILD = "attn_variant"
 # How a module is made to compute its variant, as the argument backend of `patch`.
 DISPATCH = "dispatch"
 HOOK = "softmax-hook"
+# Attribute of parameters that transformers >= 5 has loaded.
+_LOADED = "_is_hf_initialized"
 
 
 class Spec(NamedTuple):
@@ -31,6 +34,11 @@ class AttnVariant(nn.Module):
     The parameters are read through `forward`, so that wrappers which act around it (PEFT's
     `modules_to_save`, accelerate's offloading, FSDP) see the read.
     """
+
+    # Whether the parameters have values; not if they were made on no device, for a checkpoint.
+    _settled = True
+    # Whether to warn of learned values that a checkpoint lacked; where nothing else looks for them.
+    tells = False
 
     def __init__(
         self,
@@ -54,6 +62,7 @@ class AttnVariant(nn.Module):
         for name, value in learned.items():
             parameter = nn.Parameter(value.to(device), requires_grad=trainable)
             self.register_parameter(name, parameter)
+            self._settled = self._settled and not parameter.is_meta
 
     def forward(self, query: Tensor | None = None) -> Spec:
         """The spec with the parameters as they are now; `query` is there for wrappers."""
@@ -61,6 +70,37 @@ class AttnVariant(nn.Module):
         for name in self.learned:
             options[name] = getattr(self, name)
         return Spec(self.variant, self.impl, options, self.penalties)
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """What transformers asks of each module when it has loaded: whether to leave it alone.
+
+        It is; learned values that the checkpoint did not bring have got their initial ones then.
+        """
+        if not self._settled:
+            self._settle()
+        return True
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        # transformers 4 sets it, before the values come, if it found all of them in the checkpoint
+        self._settled = value
+
+    def _settle(self) -> None:
+        own = {name: self.get_parameter(name) for name in self.learned}
+        here = {name: value for name, value in own.items() if not value.is_meta}
+        lacking = [n for n, value in here.items() if not getattr(value, _LOADED, False)]
+        self.reset_parameters(lacking)
+        if lacking and self.tells:
+            warnings.warn(
+                f"the checkpoint lacks the learned {', '.join(lacking)} of a {self.variant!r} that "
+                "its config records; it has the initial values from the record.",
+                stacklevel=4,
+            )
+        if not self.trainable:
+            # transformers makes every parameter it loads require a gradient
+            self.requires_grad_(False)
+        self._settled = len(here) == len(own)
 
     @torch.no_grad()
     def reset_parameters(self, names: Iterable[str] | None = None) -> None:

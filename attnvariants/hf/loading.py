@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from attnvariants.engines import check_impl
@@ -24,10 +25,10 @@ from attnvariants.hf import masks
 from attnvariants.hf.holder import CHILD, AttnVariant
 from attnvariants.hf.names import implementation_of
 from attnvariants.hf.parallel import fills_missing, prepare_tp
-from attnvariants.hf.record import GUARD, RECORD, read_record, resolve_names, restore
+from attnvariants.hf.record import GUARD, read_record, resolve_names, restore
+from attnvariants.recorded import RECORD
 
-_WRAPPED = ("from_pretrained", "post_init", "_initialize_weights")
-_INITIALIZED = "_is_hf_initialized"
+_WRAPPED = ("from_pretrained", "post_init")
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _CANNOT_FILL = (
     "this version of transformers cannot set them under tensor parallelism: load the model in one "
@@ -47,6 +48,11 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+
+
+def is_loading() -> bool:
+    """Whether a load that restores variants is running in this thread."""
+    return bool(_thread.loads)
 
 
 class _Load:
@@ -120,9 +126,7 @@ class _Load:
             )
             for name in missing:
                 path, _, key = name.rpartition(".")
-                holder = model.get_submodule(path)
-                if not getattr(holder, _INITIALIZED, False):
-                    holder.reset_parameters([key])
+                model.get_submodule(path).reset_parameters([key])
             if not fills_missing(self.kwargs):
                 raise ValueError(f"{text}; {_CANNOT_FILL}.")
             if self.strict:
@@ -251,7 +255,7 @@ def from_pretrained(
             "attnvariants.hf.load_adapter(base, folder)."
         )
     kwargs.setdefault("use_safetensors", True)
-    with auto_load(impl=impl, strict=strict):
+    with torch.inference_mode(False), auto_load(impl=impl, strict=strict):
         return auto_class.from_pretrained(folder, **kwargs)
 
 
@@ -265,7 +269,7 @@ def _wrap() -> None:
         if _users > 1:
             return
         _originals.update((name, PreTrainedModel.__dict__[name]) for name in _WRAPPED)
-        load, post_init, initialize = (_originals[name] for name in _WRAPPED)
+        load, post_init = (_originals[name] for name in _WRAPPED)
         load = load.__func__
 
         @functools.wraps(load)
@@ -281,20 +285,7 @@ def _wrap() -> None:
             if running is not None and running.means(self):
                 running.attach(self)
 
-        @functools.wraps(initialize)
-        def wrapped_initialize(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-            if _thread.loads and isinstance(module, AttnVariant):
-                # transformers 4 does not say which parameters it loaded before the load is over.
-                if args or kwargs:
-                    _initialize(module)
-            else:
-                initialize(self, module, *args, **kwargs)
-
-        wrapped: tuple[Any, ...] = (
-            classmethod(wrapped_load),
-            wrapped_post_init,
-            wrapped_initialize,
-        )
+        wrapped: tuple[Any, ...] = (classmethod(wrapped_load), wrapped_post_init)
         for name, function in zip(_WRAPPED, wrapped, strict=True):
             setattr(PreTrainedModel, name, function)
 
@@ -314,7 +305,9 @@ def _load(load: Any, cls: type, args: tuple, kwargs: dict[str, Any]) -> Any:
     from safetensors import SafetensorError
 
     source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-    if "attn_implementation" not in kwargs and _is_guarded(source, kwargs):
+    if "attn_implementation" in kwargs:
+        kwargs["attn_implementation"] = _without_keys(kwargs["attn_implementation"])
+    elif _is_guarded(source, kwargs):
         kwargs["attn_implementation"] = None
     running = _Load(cls, source, kwargs, *_thread.settings[-1])
     with_info = kwargs.pop("output_loading_info", False)
@@ -352,14 +345,8 @@ def _is_guarded(source: Any, kwargs: dict[str, Any]) -> bool:
     return found.get("attn_implementation") == GUARD
 
 
-def _initialize(holder: AttnVariant) -> None:
-    """Set what the checkpoint did not."""
-    if getattr(holder, _INITIALIZED, False):
-        return
-    parameters = {name: getattr(holder, name) for name in holder.learned}
-    holder.reset_parameters(
-        name
-        for name, parameter in parameters.items()
-        if not (parameter.is_meta or getattr(parameter, _INITIALIZED, False))
-    )
-    setattr(holder, _INITIALIZED, True)
+def _without_keys(implementation: Any) -> Any:
+    """An attention implementation, or those of parts of a model, with None for our own keys."""
+    if isinstance(implementation, dict):
+        return {name: _without_keys(value) for name, value in implementation.items()}
+    return None if implementation in (GUARD, *masks.KEYS) else implementation

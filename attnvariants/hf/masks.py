@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnvariants.hf import names
 from attnvariants.hf.source import text_of
+from attnvariants.recorded import KEY
 
 if TYPE_CHECKING:
     from attnvariants.hf.find import Target
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 MODES = ("lazy", "bool")
 
 # The config names one of these: what a mask is when it arrives, and in which form it is read.
-LAZY, LAZY_FLOAT = "attnvariants", "attnvariants_lazy_float"
-BOOL, FLOAT = "attnvariants_bool", "attnvariants_float"
+LAZY, LAZY_FLOAT = KEY, f"{KEY}_lazy_float"
+BOOL, FLOAT = f"{KEY}_bool", f"{KEY}_float"
 # Bool, or None for "causal as the module says": for transformers too old for lazy masks.
-IMPLICIT = "attnvariants_implicit"
+IMPLICIT = f"{KEY}_implicit"
 KEYS = (LAZY, LAZY_FLOAT, BOOL, FLOAT, IMPLICIT)
 
 _TELLS_MASKS_APART = re.compile(r"isinstance\(\s*\w*mask\w*\s*,[^)]*\b(Tensor|BlockMask)\b")

@@ -85,6 +85,11 @@ def set_implementation(config: Any, implementation: str | None) -> None:
     setattr(config, f"{IMPLEMENTATION}_internal", implementation)
 
 
+def default_implementation(model: Any) -> Any:
+    """The attention implementation that a transformers model takes if none is asked for."""
+    return model.get_correct_attn_implementation(None, is_init_check=True)
+
+
 def register(
     attention: Callable[..., Any], mask_functions: Mapping[str, Callable[..., Any]]
 ) -> None:

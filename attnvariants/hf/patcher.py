@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from attnvariants.engines import check_impl
 from attnvariants.hf.build import requests_of
 from attnvariants.hf.find import attention_modules
 from attnvariants.hf.holder import CHILD, DISPATCH
+from attnvariants.hf.idle import is_idle
 from attnvariants.hf.masks import check_mode, register
 from attnvariants.hf.parallel import refuse_wrapped
 from attnvariants.hf.penalties import AUTO, check_penalties
@@ -38,9 +40,18 @@ class Patch:
 
     @property
     def active(self) -> bool:
-        """Whether the patch is still in the model."""
+        """Whether the patch is still in the model, and all its modules compute it."""
+        return self._present and not self._idle
+
+    @property
+    def _present(self) -> bool:
         state = state_of(self.model)
         return state is not None and any(handle is self for handle in state.handles)
+
+    @property
+    def _idle(self) -> list[nn.Module]:
+        modules = {plain_name(name): module for name, module in self.model.named_modules()}
+        return [modules[name] for name in self.names if name in modules and is_idle(modules[name])]
 
     @property
     def report(self) -> Report:
@@ -86,7 +97,7 @@ class Patch:
             ValueError: a test failed, the patch is no longer active, or no inputs could be made
                 for this model.
         """
-        self._require_active()
+        self._require_present()
         state = state_of(self.model)
         configs = [*state.configs, *state.eager] if state is not None else []
         return verify_model(self.model, configs, inputs, tolerance, seed)
@@ -97,26 +108,26 @@ class Patch:
         Raises:
             ValueError: the patch is not in the model any more.
         """
-        self._require_active()
+        self._require_present()
         remove(self.model, [self])
 
-    def _require_active(self) -> None:
-        if not self.active:
+    def _require_present(self) -> None:
+        if not self._present:
             raise ValueError(
                 f"this patch of {type(self.model).__name__} is not active: it was unpatched; "
                 "call patch again."
             )
 
     def __enter__(self) -> Patch:
-        self._require_active()
+        self._require_present()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self.active:
+        if self._present:
             self.unpatch()
 
     def __repr__(self) -> str:
-        state = "active" if self.active else "not active"
+        state = "active" if self.active else "not used" if self._present else "not active"
         return f"Patch({type(self.model).__name__}, {len(self.names)} modules, {state})"
 
 
@@ -187,7 +198,9 @@ def patch(
     requests = requests_of(variant, layers, options, preset, train_length)
     check_impl(impl)
     check_backend(backend, impl, masks)
-    plan = plan_patch(model, targets, requests, impl, trainable, backend)
+    # parameters made in inference mode could never learn
+    with torch.inference_mode(False):
+        plan = plan_patch(model, targets, requests, impl, trainable, backend)
     for _, holder in plan.values():
         holder.masks, holder.penalties = masks, penalties
     state = state_of(model)

@@ -14,12 +14,13 @@ from attnvariants._version import __version__
 from attnvariants.hf.holder import CHILD, AttnVariant
 from attnvariants.hf.penalties import AUTO, check_penalties
 from attnvariants.hf.wrappers import plain_name
+from attnvariants.recorded import RECORD
 from attnvariants.registry import get_variant, list_variants, suggest
 
 VERSION = 1
-RECORD = "attn_variants"
-# As `attn_implementation` in a saved config it stops a plain from_pretrained of transformers >= 5,
-# whose error then quotes it. It is never registered.
+# Under this name in a saved config it stops a plain from_pretrained of transformers >= 5, whose
+# error then quotes it. It is never registered.
+SAVED_AS = "attn_implementation"
 GUARD = "load with attnvariants.from_pretrained"
 _REQUIRED = {"variant": str, "impl": str, "options": dict, "learned": list, "modules": list}
 # What penalties must be, `check_penalties` knows.
@@ -240,13 +241,17 @@ def warn_of_plain_reload(model: nn.Module) -> None:
     record = getattr(getattr(model, "config", None), RECORD, None)
     if record is None or any(hasattr(module, CHILD) for module in model.modules()):
         return
+    warnings.warn(plain_reload(model, record), stacklevel=3)
+
+
+def plain_reload(model: nn.Module, record: Any) -> str:
+    """That a model carries none of the variants that its config records, and what to do."""
     names = sorted({entry["variant"] for entry in record["patches"]}) if _readable(record) else ()
-    warnings.warn(
+    return (
         f"the config of this {type(model).__name__} records attention variants "
         f"({', '.join(names) or 'of unknown name'}) that it does not carry: a plain "
         "from_pretrained leaves them and their learned values out. Load the model with "
-        f"attnvariants.from_pretrained, or delete model.config.{RECORD} to patch it anew.",
-        stacklevel=3,
+        f"attnvariants.from_pretrained, or delete model.config.{RECORD} to patch it anew."
     )
 
 

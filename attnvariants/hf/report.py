@@ -12,6 +12,7 @@ from attnvariants.hf import softmax_hook
 from attnvariants.hf.dispatch import PENALTIES, PREVIOUS
 from attnvariants.hf.find import Target, attention_modules
 from attnvariants.hf.holder import CHILD, DISPATCH, HOOK
+from attnvariants.hf.idle import is_idle
 from attnvariants.hf.names import implementation_of
 
 HEAD = ("module", "class", "layer", "variant", "engine", "parameters", "options")
@@ -33,6 +34,8 @@ class Row:
         reason: why the module cannot be patched; empty if it can.
         penalties: numbers in the additive masks of its calls so far that were read as "hidden",
             the highest and the lowest of each mask, apart from a dtype's minimum.
+        idle: the variant that it carries and does not compute, because the model's attention
+            implementation was set to `impl` after patching; empty if there is none.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     penalties: tuple[float, ...] = ()
+    idle: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,13 @@ class Report:
 
     @property
     def patched(self) -> tuple[Row, ...]:
-        """The rows that carry a variant."""
+        """The rows that compute a variant."""
         return tuple(row for row in self.rows if row.variant is not None)
+
+    @property
+    def idle(self) -> tuple[Row, ...]:
+        """The rows that carry a variant and do not compute it."""
+        return tuple(row for row in self.rows if row.idle)
 
     @property
     def refused(self) -> tuple[Row, ...]:
@@ -83,6 +92,8 @@ class Report:
                 options += f"{'; ' if options else ''}hides keys at {numbers} in its mask"
             cells = row.name, row.cls, row.layer, row.variant or "-", row.impl, row.parameters
             last = f"refused: {row.reason}" if row.reason else options
+            if row.idle:
+                last = f"{row.idle!r} is not used: the implementation was set after patching"
             lines.append((*map(str, cells), last))
         widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD) - 1)]
         text = [
@@ -93,6 +104,11 @@ class Report:
             f"{self.model}: {len(self.patched)} of {len(self.rows)} attention modules patched, "
             f"{self.parameters} learned values added"
         )
+        if self.idle:
+            total += (
+                f"; {len(self.idle)} carry a variant that does not run, because "
+                f"{self.idle[0].impl!r} was set as the attention implementation after patching"
+            )
         return "\n".join([total, *(line.rstrip() for line in text)])
 
 
@@ -114,14 +130,18 @@ def _row(target: Target) -> Row:
             reason += f"; backend={HOOK!r} can replace its softmax"
         return Row(target.name, cls, target.layer, None, operator, reason=reason)
     spec = holder(None)
+    # A shard of tensor parallelism holds fewer than the module has in all.
+    count = sum(map(len, holder.initial.values()))
+    if is_idle(target.module, target.config):
+        operator = implementation_of(target.config)
+        return Row(target.name, cls, target.layer, None, operator, count, idle=spec.variant)
     return Row(
         name=target.name,
         cls=cls,
         layer=target.layer,
         variant=spec.variant,
         impl=spec.impl if holder.backend == DISPATCH else holder.backend,
-        # A shard of tensor parallelism holds fewer than the module has in all.
-        parameters=sum(map(len, holder.initial.values())),
+        parameters=count,
         options={
             name: "learned" if isinstance(value, Tensor) else value
             for name, value in spec.options.items()

@@ -334,3 +334,8 @@ def paused() -> Iterator[None]:
         yield
     finally:
         _paused.reset(token)
+
+
+def is_paused() -> bool:
+    """Whether this is inside `paused`."""
+    return _paused.get()

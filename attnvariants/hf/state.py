@@ -8,14 +8,19 @@ from typing import Any, Protocol
 from torch import nn
 
 from attnvariants.hf import masks, softmax_hook
-from attnvariants.hf.dispatch import PENALTIES, PREVIOUS, previous_of
+from attnvariants.hf.dispatch import PENALTIES, PREVIOUS, SEEN, previous_of, switched
 from attnvariants.hf.find import Target
 from attnvariants.hf.holder import CHILD, HOOK, AttnVariant
+from attnvariants.hf.idle import tell_no_more, tell_when_idle
 from attnvariants.hf.names import implementation_of, set_implementation
-from attnvariants.hf.record import RECORD, entries_of, record_of
+from attnvariants.hf.record import GUARD, SAVED_AS, entries_of, record_of
 from attnvariants.hf.wrappers import plain_name, refuse_peft
+from attnvariants.recorded import RECORD
 
 ATTRIBUTE = "_attn_patch_state"
+# What is written into a config: whoever saves it saves the record, and with it what stops a plain
+# `from_pretrained`.
+_WRITTEN = (RECORD, SAVED_AS)
 
 
 class Handle(Protocol):
@@ -33,12 +38,14 @@ class PatchState:
         configs: the configs they switched, with the attention implementation each named before.
         eager: the configs set to eager attention for the softmax hook, likewise.
         records: the configs that hold a record of the patches, with what was there before.
+        source: the record that the patches were restored from when the model was built.
     """
 
     handles: list[Any] = field(default_factory=list)
     configs: list[tuple[Any, str]] = field(default_factory=list)
     eager: list[tuple[Any, str]] = field(default_factory=list)
     records: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
+    source: Any = None
 
     def handle_of(self, name: str) -> Any:
         """The patch that owns a module, or None."""
@@ -72,6 +79,8 @@ def attach(
             target.module.add_module(CHILD, holder)
             if holder.backend == HOOK:
                 softmax_hook.install(target)
+            else:
+                tell_when_idle(target)
         _record(model, state)
     except BaseException:
         remove(model, [handle])
@@ -112,7 +121,8 @@ def switch(
                 "unpatch(model) first."
             )
     picked = {target.name for target in chosen}
-    previous = []
+    previous: list[tuple[nn.Module, Any]] = []
+    seen = []
     for target in targets:
         if not target.dispatches or id(target.config) not in steps:
             continue
@@ -121,14 +131,18 @@ def switch(
         except ValueError:
             if target.name not in picked:
                 raise
+            seen.append(target.module)
             continue
         previous.append((target.module, operator))
 
     for module, operator in previous:
         setattr(module, PREVIOUS, operator)
+    for module in seen:
+        setattr(module, SEEN, True)
     state.configs = [pair for pair in state.configs if id(pair[0]) not in steps]
     for config, now in steps.values():
         state.configs.append((config, now))
+        switched[id(config)] = config
         set_implementation(config, masks.key_of(config, now or "eager", targets, mode))
     for target in filter(softmax_hook.needs_eager, by_hand):
         for config in target.configs:
@@ -146,6 +160,7 @@ def remove(model: nn.Module, handles: list[Any]) -> None:
     for module in (present[name] for name in names if name in present):
         softmax_hook.uninstall(module)
         module.__dict__.pop(PENALTIES, None)
+        tell_no_more(module)
         if hasattr(module, CHILD):
             delattr(module, CHILD)
     state.handles = [kept for kept in state.handles if not any(kept is gone for gone in handles)]
@@ -156,13 +171,16 @@ def remove(model: nn.Module, handles: list[Any]) -> None:
         # An implementation that was set meanwhile is the user's choice.
         if implementation_of(config) in masks.KEYS:
             set_implementation(config, previous)
+        switched.pop(id(config), None)
     for config, previous in state.eager:
         if implementation_of(config) == "eager":
             set_implementation(config, previous)
     for module in model.modules():
-        module.__dict__.pop(PREVIOUS, None)
+        for name in (PREVIOUS, SEEN):
+            module.__dict__.pop(name, None)
     for config, before in state.records:
-        config.__dict__.pop(RECORD, None)
+        for name in _WRITTEN:
+            config.__dict__.pop(name, None)
         config.__dict__.update(before)
     delattr(model, ATTRIBUTE)
 
@@ -179,7 +197,8 @@ def _record(model: nn.Module, state: PatchState) -> None:
     recorded = {id(config) for config, _ in state.records}
     for config in (root.config for root in roots.values()):
         if id(config) not in recorded:
-            before = {RECORD: config.__dict__[RECORD]} if RECORD in config.__dict__ else {}
-            state.records.append((config, before))
+            own = config.__dict__
+            state.records.append((config, {name: own[name] for name in _WRITTEN if name in own}))
     for root in roots.values():
         setattr(root.config, RECORD, record_of(entries_of(root)))
+        setattr(root.config, SAVED_AS, GUARD)

@@ -13,8 +13,9 @@ from attnvariants.hf.architectures.tiny import model_class, randomise, tiny_conf
 from attnvariants.hf.names import implementation_of, set_implementation
 from attnvariants.hf.outputs import sentence
 from attnvariants.hf.patcher import unpatch
-from attnvariants.hf.record import GUARD, RECORD
+from attnvariants.hf.record import GUARD
 from attnvariants.hf.state import state_of
+from attnvariants.recorded import RECORD
 
 # A model of a bare config is shrunk if it has more weights than this.
 LARGE = 20_000_000

@@ -1,0 +1,31 @@
+"""Sees models that are built from a config which records variants, whoever builds them.
+
+transformers has no hook where a model is complete and its weights are not there yet, so the one of
+torch for registered modules, which every child of every module passes, looks for its models. It
+costs a few look-ups and replaces no method of another library.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+# Name of the record in a config, and how the attention implementations of patched models begin.
+RECORD = "attn_variants"
+KEY = "attnvariants"
+_watching: list[Any] = []
+
+
+def watch() -> None:
+    """Look at every model that is built in this process from now on; once is enough."""
+    if not _watching:
+        _watching.append(nn.modules.module.register_module_module_registration_hook(_look))
+
+
+def _look(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    if parent._modules or "config" not in parent.__dict__ or not hasattr(type(parent), "post_init"):
+        return
+    from attnvariants.hf.construct import begin
+
+    begin(parent)
