@@ -1,22 +1,30 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# the newest torch that everything here was tested with; `make TORCH="torch>=2.6"` takes another
+# the torch that everything here was tested with; `make TORCH="torch>=2.6"` takes another
 TORCH ?= torch==2.13.0
+# where `make matrix` keeps its environments, of which those with CUDA builds take 5 GB each
+MATRIX ?= .matrix
 
-.PHONY: demo test check bench static aot gpu docs models
+.PHONY: demo test nightly check bench static gpu docs models matrix lock
 
 demo: $(VENV)/.installed
 	$(BIN)/attnvariants demo
 
 # the kernels by themselves, interpreted: Triton reads the variable when it is imported
 CONTRACT = tests/kernels tests/test_conformance.py tests/test_golden.py tests/test_numerics.py
-
 # a process a core: more threads would wait for each other
-test: export OMP_NUM_THREADS = 1
+RUN = OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
 test: $(VENV)/.installed
-	$(BIN)/pytest -n auto
-	TRITON_INTERPRET=1 $(BIN)/pytest -n auto $(CONTRACT)
+	$(RUN)
+	TRITON_INTERPRET=1 $(RUN) $(CONTRACT)
+
+# all that `make test` leaves out for time, and what needs no GPU but hours
+nightly: $(VENV)/.installed
+	$(RUN) -m "nightly or sweep"
+	TRITON_INTERPRET=1 $(RUN) -m nightly $(CONTRACT)
+	$(BIN)/pytest -n 0 -m aot
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -29,10 +37,6 @@ bench: $(VENV)/.installed
 static: $(VENV)/.installed
 	$(BIN)/python -m bench.static
 
-# every kernel of every size for every target, half an hour
-aot: $(VENV)/.installed
-	$(BIN)/pytest -n 0 -m aot
-
 # on a machine with a GPU: tests, accuracy and times in under ten minutes
 gpu: $(VENV)/.installed
 	$(BIN)/python -m bench.gpu --with-tests
@@ -44,7 +48,26 @@ docs: $(VENV)/.installed
 models: $(VENV)/.installed
 	$(BIN)/attnvariants models --json docs/models.json --markdown docs/models.md
 
-$(VENV)/.installed: pyproject.toml
+# the oldest versions that are promised, the pinned and the newest; `ONLY=newest` takes one column
+# and `CHECK=1` writes nothing
+matrix: $(VENV)/.installed
+	$(BIN)/python -m bench.matrix --folder $(MATRIX) --pinned $(VENV) \
+		$(addprefix --only ,$(ONLY)) $(if $(CHECK),--check)
+
+# Everything but torch, whose build (CPU, CUDA, ROCm) is the machine's: the lock is complete, so
+# nothing is resolved, and torch comes last, so that a CUDA build brings the Triton that it needs.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+$(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[dev]"
+	$(INSTALL) --no-deps --require-hashes -r requirements.lock
+	$(INSTALL) "$(TORCH)"
+	$(INSTALL) --no-deps --no-build-isolation -e .
 	touch $@
+
+# the newest versions that pyproject.toml allows, for every Python and platform
+lock:
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) uv
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --upgrade \
+		--generate-hashes --no-emit-package torch --no-annotate \
+		--custom-compile-command "make lock" --quiet --output-file requirements.lock

@@ -130,6 +130,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         name: {"image_size": 64, "patch_size": 4}
         for name in ("swin", "donut-swin", "maskformer-swin", "swinv2")
     },
+    # the tiny sections of its rope sum to half a head
+    "hy_v4_vl_text": {"qk_rope_head_dim": lambda s: s.head_dim},
+    **{name: {"codebook_dim": _hidden} for name in ("wavtokenizer", "wavtokenizer_encoder")},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 0},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {
         "num_key_value_heads": _heads,
