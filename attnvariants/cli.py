@@ -359,8 +359,8 @@ def _parse_seeds(seeds: str) -> tuple[int, ...]:
         numbers = tuple(int(seed) for seed in seeds.split(","))
     except ValueError:
         numbers = ()
-    if not numbers or min(numbers) < 0:
-        raise ValueError(f"--seeds takes integers >= 0 with commas, got {seeds!r}.")
+    if not numbers or min(numbers) < 0 or max(numbers) >= 2**63:
+        raise ValueError(f"--seeds takes integers >= 0 with commas, below 2^63, got {seeds!r}.")
     return numbers
 
 

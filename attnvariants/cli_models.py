@@ -44,12 +44,14 @@ def models(
             cli._check_writable(path)
         if resume and json_path is None:
             raise ValueError("--resume continues the file of --json; pass --json too.")
-        if json_path is not None and not resume:
-            json_path.unlink(missing_ok=True)
         _need_transformers()
-        from attnvariants.hf.architectures.sweep import summary, sweep
+        from attnvariants.hf.architectures.sweep import check_types, summary, sweep
         from attnvariants.hf.architectures.table import models_markdown
 
+        check_types(types)
+        # not before all else is known to be right: it may be ten minutes' work
+        if json_path is not None and not resume:
+            json_path.unlink(missing_ok=True)
         with _progress() as advance:
             result = sweep(types, jobs=jobs, timeout=timeout, path=json_path, progress=advance)
         if markdown is not None:

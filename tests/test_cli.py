@@ -287,7 +287,16 @@ def test_no_weights(tmp_path):
     assert "cannot be loaded" in error_of("diagnose", tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", '{"model_type": "no_such_model"}', "{}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        '{"model_type": "no_such_model"}',
+        "{}",
+        '{"model_type": "llama", "hidden_size": "x"}',
+        '{"model_type": "llama", "hidden_size": 17, "num_attention_heads": 2}',
+    ],
+)
 def test_bad_config(tmp_path, content):
     make_tokenizer().save_pretrained(save_model(tmp_path))
     (tmp_path / "config.json").write_text(content)
@@ -357,7 +366,7 @@ def test_usage_errors_end_with_2(folder):
     run("nothing", code=2)
 
 
-@pytest.mark.parametrize("seeds", ["", "a", "1,-2", "1.5"])
+@pytest.mark.parametrize("seeds", ["", "a", "1,-2", "1.5", str(2**63)])
 def test_demo_refuses_seeds(seeds):
     assert "--seeds takes integers" in error_of("demo", "--seeds", seeds)
 

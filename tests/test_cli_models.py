@@ -57,7 +57,9 @@ def test_models_of_bad_input(tmp_path):
     assert "there is no folder" in error_of("models", "llama", "--json", tmp_path / "no" / "x")
     (tmp_path / "x.json").write_text("[]")
     message = error_of("models", "llama", "--json", tmp_path / "x.json", "--resume")
-    assert "holds no results of a sweep" in message
+    assert "holds no results of a sweep: it is JSON, but not" in message
+    assert "did you mean 'llama'" in error_of("models", "lama", "--json", tmp_path / "x.json")
+    assert (tmp_path / "x.json").read_text() == "[]"
 
 
 @pytest.mark.parametrize("where", ["folder", "file"])

@@ -88,13 +88,15 @@ def check_folder(folder: Path) -> None:
 
 
 def _load(load: Callable[[], Any], folder: Path, what: str) -> Any:
-    from safetensors import SafetensorError
-
     try:
         return load()
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().split("\n", 1)[0] or type(error).__name__
-        raise ValueError(f"the {what} in {folder} cannot be loaded: {first}") from error
+    # what others' readers make of a damaged file is theirs to choose: configs have their own
+    # errors, tokenizers raise Exception itself
+    except Exception as error:
+        lines = str(error).strip().split("\n") or [type(error).__name__]
+        first = " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])
+        reason = first or type(error).__name__
+        raise ValueError(f"the {what} in {folder} cannot be loaded: {reason}") from error
 
 
 def default_text() -> str:

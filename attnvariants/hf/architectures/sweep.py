@@ -56,7 +56,11 @@ class SweepResult:
             record = json.loads(path.read_text(encoding="utf-8"))
             outcomes = [Outcome(**row) for row in record["rows"]]
             return cls(record["versions"], {outcome.model_type: outcome for outcome in outcomes})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} holds no results of a sweep: it is JSON, but not what --json writes."
+            ) from error
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path} holds no results of a sweep: {error}.") from error
 
 
@@ -89,6 +93,26 @@ def all_types() -> list[str]:
     return sorted(CONFIG_MAPPING_NAMES)
 
 
+def check_types(types: Iterable[str] | None) -> list[str]:
+    """The model types, each once; all that there are for None.
+
+    Raises:
+        ValueError: one is unknown.
+    """
+    known = all_types()
+    wanted = known if types is None else list(dict.fromkeys(types))
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = (
+                f"did you mean {' or '.join(map(repr, near))}?"
+                if near
+                else "give it as in a config.json."
+            )
+            raise ValueError(f"the installed transformers has no model type {name!r}; {hint}")
+    return wanted
+
+
 def sweep(
     types: Iterable[str] | None = None,
     *,
@@ -110,17 +134,7 @@ def sweep(
     Raises:
         ValueError: a type is unknown, a number is out of range, or the file cannot be read.
     """
-    known = all_types()
-    wanted = known if types is None else list(dict.fromkeys(types))
-    for name in wanted:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = (
-                f"did you mean {' or '.join(map(repr, near))}?"
-                if near
-                else "give it as in a config.json."
-            )
-            raise ValueError(f"the installed transformers has no model type {name!r}; {hint}")
+    wanted = check_types(types)
     if jobs < 1 or timeout <= 0:
         raise ValueError(f"jobs and timeout must be positive, got {jobs} and {timeout}.")
     result = SweepResult(versions())
