@@ -1,5 +1,7 @@
 """Additive masks that hide by a number far from their dtype's lowest, and biases that do not."""
 
+from inspect import signature
+
 import pytest
 import torch
 from tiny import SMALL
@@ -231,3 +233,47 @@ def test_where_values_cannot_be_read_the_rule_is_the_same(learned):
         mask = mask.clone().requires_grad_(learned)
         torch.testing.assert_close(compiled(mask), call(mask))
     assert penalties.split(own.to("meta")).keep.is_meta
+
+
+HOOKED = {
+    "GPTNeo": {
+        **{"hidden_size": 32, "num_heads": 4, "num_layers": 2, "vocab_size": 99},
+        **{"attention_types": [[["global"], 2]], "max_position_embeddings": 32},
+    },
+    "Bloom": {"hidden_size": 32, "n_head": 4, "n_layer": 2, "vocab_size": 99},
+    "MPNet": SMALL,
+}
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_penalties_are_hidden_through_the_softmax_hook(name):
+    config = getattr(transformers, f"{name}Config")(**HOOKED[name], attn_implementation="eager")
+    model = big(getattr(transformers, f"{name}Model")(config))
+    variant = "sparsemax" if name == "Bloom" else "softpick"
+    handle = patch(model, variant, backend="softmax-hook")
+
+    def last(number):
+        def penalised(module, args, kwargs):
+            given = signature(type(module).forward).bind(module, *args, **kwargs).arguments
+            del given["self"]
+            # GPT Neo hides the future by itself
+            hidden = future(10, 10) | (torch.arange(10) == 1)
+            return (), {**given, "attention_mask": penalty(hidden, number)}
+
+        module = model.get_submodule(handle.names[0])
+        hook = module.register_forward_pre_hook(penalised, with_kwargs=True)
+        with torch.no_grad():
+            found = model(tokens()).last_hidden_state
+        hook.remove()
+        return found
+
+    lowest = last(torch.finfo(torch.float32).min)
+    assert not handle.report.rows[0].penalties
+    for number in (-100.0, -1e4):
+        torch.testing.assert_close(last(number), lowest, atol=1e-5, rtol=1e-5)
+    assert handle.report.rows[0].penalties == (-100.0, -1e4)
+    unpatch(model)
+    if name != "Bloom":
+        # sparsemax has no weight for what is so low
+        with patch(model, variant, backend="softmax-hook", penalties="added"):
+            assert not torch.allclose(last(-100.0), lowest, atol=1e-3)

@@ -19,15 +19,13 @@ import attnvariants
 from attnvariants.hf import masks, penalties
 from attnvariants.hf.eager import UNSUPPORTED, eager_of
 from attnvariants.hf.find import own_config
-from attnvariants.hf.holder import CHILD, Spec
+from attnvariants.hf.holder import CHILD
 from attnvariants.hf.lazy import LazyMask, View, to_float
 from attnvariants.hf.names import attention_functions, mask_functions, masking, output_collector
 from attnvariants.hf.sinks import attention_with_sinks
 from attnvariants.hf.sparse import picked
 
 PREVIOUS = "_attn_previous"
-# Attribute of a patched module: the numbers in its masks that were read as "hidden".
-PENALTIES = "_attn_penalties"
 # Attribute of modules whose model's config records variants: why those could not be restored.
 UNRESTORED = "_attn_unrestored"
 # Attribute of modules that were looked at when their model was patched, and have no `PREVIOUS`.
@@ -74,7 +72,7 @@ def attention_forward(
     _refuse_unknown(type(module), kwargs)
     spec = holder(query)
     variant = attnvariants.get_variant(spec.variant)
-    hide = functools.partial(_split, module, spec)
+    hide = functools.partial(penalties.split_in, module, spec=spec)
     bias = kwargs.get("position_bias")
     if query.shape[0] == 1 and key.shape[0] > 1:
         query = query.expand(key.shape[0], -1, -1, -1)
@@ -259,14 +257,6 @@ def _is_packed(view: View, kv_len: int, kwargs: dict[str, Any]) -> bool:
     if kwargs.get("cu_seq_lens_q") is None or kwargs.get("cu_seq_lens_k") is None:
         return False
     return view.documents is None and view.keep is None and view.keys == kv_len
-
-
-def _split(module: nn.Module, spec: Spec, mask: Tensor) -> penalties.Split:
-    """An additive mask of a call taken apart; the module remembers the penalties it held."""
-    parts = penalties.split(mask, spec.penalties, blind=spec.variant != "softmax")
-    if parts.penalties:
-        module.__dict__.setdefault(PENALTIES, set()).update(parts.penalties)
-    return parts
 
 
 def _with_bias(

@@ -26,12 +26,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from attnvariants.context import readable
 
 AUTO, ADDED = "auto", "added"
+# Attribute of a patched module: the numbers in its masks that were read as "hidden".
+PENALTIES = "_attn_penalties"
 
 # No sum of position biases is as low, whatever the length.
 _LOWEST_BIAS = -1e8
@@ -116,6 +118,18 @@ def split(mask: Tensor, rule: str | float = AUTO, blind: bool = True) -> Split:
     if mask.requires_grad:
         return Split(reading.keep, mask.masked_fill(~reading.keep, 0.0), reading.penalties)
     return Split(mask.masked_fill(~reading.keep, -math.inf), None, reading.penalties)
+
+
+def split_in(module: nn.Module, mask: Tensor, spec: Any) -> Split:
+    """The mask of a call of a patched module, which remembers the penalties in it.
+
+    Args:
+        spec: what the module computes, see `holder`.
+    """
+    parts = split(mask, spec.penalties, blind=spec.variant != "softmax")
+    if parts.penalties:
+        module.__dict__.setdefault(PENALTIES, set()).update(parts.penalties)
+    return parts
 
 
 def _reading(mask: Tensor, rule: str | float, blind: bool) -> _Reading:

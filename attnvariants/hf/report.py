@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnvariants.hf import softmax_hook
-from attnvariants.hf.dispatch import PENALTIES, PREVIOUS
+from attnvariants.hf.dispatch import PREVIOUS
 from attnvariants.hf.find import Target, attention_modules
 from attnvariants.hf.holder import CHILD, DISPATCH, HOOK
 from attnvariants.hf.idle import is_idle
 from attnvariants.hf.names import implementation_of
+from attnvariants.hf.penalties import PENALTIES
 
 HEAD = ("module", "class", "layer", "variant", "engine", "parameters", "options")
 

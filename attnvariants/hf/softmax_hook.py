@@ -8,6 +8,7 @@ to the scores before one softmax over the keys is taken on (`softmax_known`).
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,6 +23,7 @@ from attnvariants.autocast import no_autocast
 from attnvariants.hf.find import Target, forward_source, replaced_forward
 from attnvariants.hf.holder import CHILD, HOOK, Spec
 from attnvariants.hf.names import IMPLEMENTATION, implementation_of
+from attnvariants.hf.penalties import split_in
 from attnvariants.hf.softmax_known import Known, known_of, known_parent
 from attnvariants.problem import compute_dtype
 from attnvariants.reference import row_weights
@@ -30,6 +32,8 @@ from attnvariants.registry import Rows, Variant, get_variant
 _ENGINES = ("auto", "reference")
 _OF_FUNCTIONAL = ["input", "dim", "_stacklevel", "dtype"]
 _SOFTMAX: tuple[Any, ...] = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
+# Called with (module, scores, ALiBi's part of them or 0, spec, weights) of each replaced softmax.
+observers: list[Callable[..., None]] = []
 _paused: ContextVar[bool] = ContextVar("attnvariants_softmax_hook_paused", default=False)
 
 
@@ -69,8 +73,9 @@ class HookedForward:
             if isinstance(value, Tensor) and value.is_floating_point()
         ]
         spec = getattr(self.module, CHILD)(floats[0] if floats else None)
-        dtypes, alibi = {value.dtype for value in floats}, self._alibi(args, kwargs)
-        with _Interception(self, spec, dtypes, alibi) as softmax:
+        dtypes, given = {value.dtype for value in floats}, self._given(args, kwargs)
+        shown = self._shown(given, spec)
+        with _Interception(self, spec, dtypes, self._alibi(given), shown) as softmax:
             result = self._own(*args, **kwargs)
         if not softmax.count:
             raise ValueError(
@@ -85,13 +90,30 @@ class HookedForward:
             return self.previous(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    def _alibi(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+        """The arguments of a call by name."""
+        forward = inspect.signature(type(self.module).forward)
+        return forward.bind(self.module, *args, **kwargs).arguments
+
+    def _alibi(self, given: Mapping[str, Any]) -> Tensor | None:
         """The position bias `[batch or 1, heads, 1, keys or more]` that the call is given."""
-        if not self.known.alibi:
-            return None
-        call = inspect.signature(type(self.module).forward).bind(self.module, *args, **kwargs)
-        bias = call.arguments.get(self.known.alibi)
+        bias = given.get(self.known.alibi)
         return None if bias is None else bias.unflatten(0, (-1, self.heads))
+
+    def _shown(self, given: Mapping[str, Any], spec: Spec) -> Tensor | None:
+        """What the additive mask `[batch, heads, queries, keys]` of a call does not hide, bool.
+
+        The scores tell by themselves what a dtype's minimum hides, and lower numbers do not.
+        """
+        # of two, attention between sequences adds the encoder's
+        for name in ("encoder_attention_mask", "attention_mask"):
+            mask = given.get(name)
+            if isinstance(mask, Tensor) and mask.dim() == 4 and mask.is_floating_point():
+                keep = split_in(self.module, mask, spec).keep
+                if keep is None or keep.dtype == torch.bool:
+                    return keep
+                return keep > -math.inf
+        return None
 
     def lowest_visible(self, dtypes: Iterable[torch.dtype]) -> float:
         """Scores at or below this are those of hidden keys."""
@@ -105,10 +127,16 @@ class _Interception(TorchFunctionMode):
     """Replaces the one softmax over the last dimension inside it."""
 
     def __init__(
-        self, forward: HookedForward, spec: Spec, dtypes: set[torch.dtype], alibi: Tensor | None
+        self,
+        forward: HookedForward,
+        spec: Spec,
+        dtypes: set[torch.dtype],
+        alibi: Tensor | None,
+        shown: Tensor | None,
     ):
         super().__init__()
-        self.forward, self.spec, self.dtypes, self.alibi = forward, spec, dtypes, alibi
+        self.forward, self.spec, self.dtypes = forward, spec, dtypes
+        self.alibi, self.shown = alibi, shown
         self.count = 0
 
     def __torch_function__(
@@ -133,7 +161,11 @@ class _Interception(TorchFunctionMode):
         split = self._split(scores)
         if variant.name == "softmax":
             return func(*args, **kwargs)
-        weights = self._weights(split, variant).reshape(scores.shape)
+        weights = self._weights(split, variant)
+        for observe in observers:
+            alibi = 0.0 if self.alibi is None else self.alibi[..., -split.shape[-1] :]
+            observe(self.forward.module, split, alibi, self.spec, weights)
+        weights = weights.reshape(scores.shape)
         return weights.to(given.get("dtype") or scores.dtype)
 
     def _split(self, scores: Tensor) -> Tensor:
@@ -156,6 +188,8 @@ class _Interception(TorchFunctionMode):
             dtypes.add(torch.get_autocast_dtype(device))
         # NaN compares as visible, so that it is not hidden with the masked scores
         keep = ~(scores <= self.forward.lowest_visible(dtypes))
+        if self.shown is not None:
+            keep = keep & self.shown[..., : scores.shape[-1]]
         with no_autocast(scores):
             dtype = compute_dtype(scores)
             options = {

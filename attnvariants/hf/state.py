@@ -8,11 +8,12 @@ from typing import Any, Protocol
 from torch import nn
 
 from attnvariants.hf import masks, softmax_hook
-from attnvariants.hf.dispatch import PENALTIES, PREVIOUS, SEEN, previous_of, switched
+from attnvariants.hf.dispatch import PREVIOUS, SEEN, previous_of, switched
 from attnvariants.hf.find import Target
 from attnvariants.hf.holder import CHILD, HOOK, AttnVariant
 from attnvariants.hf.idle import tell_no_more, tell_when_idle
 from attnvariants.hf.names import implementation_of, set_implementation
+from attnvariants.hf.penalties import PENALTIES
 from attnvariants.hf.record import GUARD, SAVED_AS, entries_of, record_of
 from attnvariants.hf.wrappers import plain_name, refuse_peft
 from attnvariants.recorded import RECORD

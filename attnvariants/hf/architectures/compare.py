@@ -19,14 +19,17 @@ from attnvariants.hf.architectures.drive import (
     state_of_model,
     watching,
 )
+from attnvariants.hf.architectures.hidden import absence
 from attnvariants.hf.architectures.tiny import Sizes, model_class, tiny_config, tiny_model
 from attnvariants.hf.find import attention_modules
 from attnvariants.hf.outputs import Case, difference, meaning_of, outputs_of, sentence
 from attnvariants.hf.patcher import Patch, patch
 
 TOLERANCE = 1e-4
-# Identical; so through the hook; not taken; wrong; no inputs or no model; nothing to patch.
-VERDICTS = ("identical", "by hook", "refused", "different", "not driven", "no attention")
+# Identical; so through the hook; not taken; wrong, or with another variant; no inputs or no model;
+# nothing to patch.
+COUNTED = "hidden keys counted"
+VERDICTS = ("identical", "by hook", "refused", "different", COUNTED, "not driven", "no attention")
 HOOK = "softmax-hook"
 
 
@@ -46,6 +49,8 @@ class Outcome:
         inputs: what the model was run on.
         leak: largest change before a changed token; None if it was not measured.
         padding: largest difference of a left-padded row; None if it was not measured.
+        absent: largest relative difference, with variants that are no softmax, of a row of
+            attention from one without the keys that are hidden from it; None if none was compared.
         note: why it was refused or not driven, and what was left unpatched or unmeasured.
     """
 
@@ -60,6 +65,7 @@ class Outcome:
     inputs: str = ""
     leak: float | None = None
     padding: float | None = None
+    absent: float | None = None
     note: str = ""
 
 
@@ -98,7 +104,7 @@ def drive(model_type: str, sizes: Sizes | None = None, **patching: Any) -> Outco
         if outcome.verdict == "refused" and HOOK in outcome.note and "backend" not in patching:
             hooked = Outcome(model_type, outcome.model)
             compare(model, hooked, **patching, backend=HOOK)
-            if hooked.verdict in ("identical", "different"):
+            if hooked.verdict in ("identical", "different", COUNTED):
                 hooked.dispatches = outcome.dispatches
                 hooked.verdict = hooked.verdict.replace("identical", "by hook")
                 return hooked
@@ -160,7 +166,31 @@ def compare(model: nn.Module, outcome: Outcome, **patching: Any) -> None:
     if state_of_model(model) != before or _worst(runs)[0] != 0:
         outcome.verdict = "different"
         notes.append("its state or outputs are not restored by unpatch")
+    elif outcome.verdict == "identical":
+        notes += _hidden_keys(model, runs, outcome, patching)
     outcome.note = "; ".join(notes)
+
+
+def _hidden_keys(
+    model: nn.Module, runs: list[_Run], outcome: Outcome, patching: dict[str, Any]
+) -> Iterator[str]:
+    """Whether keys are hidden from other variants too; yields what to note."""
+    try:
+        found = absence(
+            model,
+            lambda: [outputs_of(run.model, case) for run in runs for case, *_ in run.cases],
+            **patching,
+        )
+    except Exception as error:
+        outcome.verdict = COUNTED
+        yield f"{type(error).__name__} with another variant: {sentence(error)}"
+        return
+    outcome.absent = found.difference
+    if found.difference is not None and not found.difference <= TOLERANCE:
+        outcome.verdict = COUNTED
+        yield f"a hidden key counts in {found.where}"
+    if found.note:
+        yield found.note
 
 
 def _refusal(model: nn.Module, patching: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from attnvariants._version import __version__
-from attnvariants.hf.architectures.compare import TOLERANCE, VERDICTS, Outcome, drive
+from attnvariants.hf.architectures.compare import COUNTED, TOLERANCE, VERDICTS, Outcome, drive
 
 __all__ = ["Outcome", "SweepResult", "all_types", "drive", "sweep"]
 
@@ -36,6 +36,11 @@ class SweepResult:
     def count(self, verdict: str) -> int:
         """Number of types with a verdict."""
         return sum(outcome.verdict == verdict for outcome in self.outcomes.values())
+
+    @property
+    def bad(self) -> int:
+        """Number of types that are wrong."""
+        return self.count("different") + self.count(COUNTED)
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""

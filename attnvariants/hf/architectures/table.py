@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 
-from attnvariants.hf.architectures.compare import VERDICTS, Outcome
+from attnvariants.hf.architectures.compare import COUNTED, VERDICTS, Outcome
 from attnvariants.hf.architectures.sweep import SweepResult
 
-HEADINGS = ("Type", "Model", "Verdict", "Largest difference", "Attention modules", "Notes")
+HEADINGS = (
+    *("Type", "Model", "Verdict", "Largest difference", "Hidden keys", "Attention modules"),
+    "Notes",
+)
 _MEANINGS = {
     "identical": "patched with softmax the model computes what its own eager attention does",
     "by hook": 'likewise, with `backend="softmax-hook"`; without it a patch is refused',
     "refused": "a patch raises an error with the reason, and leaves the model as it is",
     "different": "a patch changes the numbers, which is a bug",
+    COUNTED: "the same under softmax, but to other variants a hidden key is there, which is a bug",
     "not driven": "no tiny model or no inputs could be made, so nothing is known",
     "no attention": "no attention module is found, and a patch is refused",
 }
@@ -31,6 +35,11 @@ def models_markdown(result: SweepResult) -> str:
         "the same inputs (plain, left- and right-padded), self-tested with `Patch.verify`, and "
         "unpatched. The difference is relative to the largest output, 1e-4 or less is identical.",
         "",
+        "Hidden keys: each attention call of those runs again, with softpick and relu (with ssmax "
+        "or sparsemax where both are refused) in place of softmax, against one in float64 over "
+        "only the keys to which the model's own eager attention gives weight; the largest relative "
+        "difference of a row that hides keys, windows and padding included, blank where none does.",
+        "",
         f"transformers {versions['transformers']}, torch {versions['torch']}, attnvariants "
         f"{versions['attnvariants']}, float32 on a CPU; {len(outcomes)} model types.",
         "",
@@ -48,7 +57,7 @@ def models_markdown(result: SweepResult) -> str:
 
 def row_of(outcome: Outcome) -> tuple[str, ...]:
     """The cells of a type."""
-    figure = "" if outcome.difference is None else f"{outcome.difference:.1e}"
+    figures = (outcome.difference, outcome.absent)
     modules = ""
     if outcome.patched:
         modules = f"{outcome.patched} of {outcome.attention}"
@@ -58,7 +67,7 @@ def row_of(outcome: Outcome) -> tuple[str, ...]:
         f"`{outcome.model_type}`",
         outcome.model,
         outcome.verdict,
-        figure,
+        *("" if figure is None else f"{figure:.1e}" for figure in figures),
         modules,
         short_note(outcome.note).replace("|", "\\|"),
     )

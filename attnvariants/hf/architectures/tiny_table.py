@@ -126,8 +126,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "step3p7_text": {"sliding_window": lambda s: s.window},
     "step3p5": {"sliding_window": lambda s: s.window},
     **{
-        # four stages, each half as wide as the one before, and windows of two patches
-        name: {"image_size": 64, "patch_size": 4}
+        # four stages, each half as wide as the one before, and windows of two patches, which every
+        # second layer shifts
+        name: {"image_size": 64, "patch_size": 4, "depths": [2, 1, 1, 1]}
         for name in ("swin", "donut-swin", "maskformer-swin", "swinv2")
     },
     # the tiny sections of its rope sum to half a head
