@@ -220,7 +220,8 @@ def _beyond_gap(
     heads = len(values)
     taken = _by_head(_taken, values, free)
     index = torch.arange(_BIN_COUNT, device=values.device)
-    before = torch.where(taken, index, -1).cummax(1).values.roll(1, 1)
+    lower = taken[:, None] & (index < index[:, None])
+    before = torch.where(lower, index, -1).amax(-1)
     candidate = taken & (before >= 0) & (index >= _FAR)
     if refused is not None:
         candidate = candidate & ~refused
