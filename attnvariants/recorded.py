@@ -1,4 +1,4 @@
-"""Sees models that are built from a config which records variants, whoever builds them.
+"""Sees models that others build from a config which records variants, or put adapters into.
 
 transformers has no hook where a model is complete and its weights are not there yet, so the one of
 torch for registered modules, which every child of every module passes, looks for its models. It
@@ -24,8 +24,13 @@ def watch() -> None:
 
 
 def _look(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    if parent._modules or "config" not in parent.__dict__ or not hasattr(type(parent), "post_init"):
+    if parent._modules or child is None:
         return
-    from attnvariants.hf.construct import begin
+    if "config" in parent.__dict__ and hasattr(type(parent), "post_init"):
+        from attnvariants.hf.construct import begin
 
-    begin(parent)
+        begin(parent)
+    elif name == "base_model" and type(parent).__module__.split(".")[0] == "peft":
+        from attnvariants.hf.adapters import begin_adapter
+
+        begin_adapter(parent, child)

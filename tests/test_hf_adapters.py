@@ -1,6 +1,8 @@
 """PEFT adapters of patched models: trained, saved, and loaded onto the right base or not at all."""
 
+import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -219,7 +221,6 @@ def other_rank(tensors):
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (lambda f: (f / "attn_variants.json").unlink(), ValueError, "not saved by attnvariants"),
         (lambda f: (f / "adapter_config.json").unlink(), ValueError, "no PEFT adapter"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), ValueError, "pickled weights"),
         (rewrite("attn_variants.json", lambda b: b[:-9]), ValueError, "json is no valid JSON"),
@@ -241,6 +242,69 @@ def test_adapters_that_cannot_be_loaded(trained, tmp_path, spoil, error, message
     with pytest.raises(error, match=message):
         load_adapter(model, tmp_path, "another")
     assert same(state(model), before)
+
+
+def without_sidecar(folder, target):
+    for path in folder.iterdir():
+        if path.name != "attn_variants.json":
+            (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def test_an_adapter_that_does_not_tell_is_held_to_what_is_known(trained, tmp_path):
+    _, folder = trained
+    plain = without_sidecar(folder, tmp_path)
+    model = base()
+    before = state(model)
+    with pytest.raises(ValueError, match=r"learned values .*no attn_variants\.json"):
+        load_adapter(model, plain)
+    assert same(state(model), before)
+    patch(model, "ssmax", s=0.4)
+    with pytest.warns(UserWarning, match="does not say .*loaded onto a base with 'ssmax'"):
+        again = load_adapter(model, plain)
+    assert torch.equal(run(again), run(trained[0]))
+
+
+def test_an_adapter_of_pefts_own_on_the_base_that_it_names(tmp_path):
+    model = base()
+    patch(model, "softpick")
+    save_pretrained(model, tmp_path / "base")
+    own = from_pretrained(transformers.AutoModelForCausalLM, tmp_path / "base")
+    trained = train(wrapped(own, modules=()))
+    peft.PeftModel.save_pretrained(trained, tmp_path / "full")
+    (tmp_path / "plain").mkdir()
+    folder = without_sidecar(tmp_path / "full", tmp_path / "plain")
+    right = from_pretrained(transformers.AutoModelForCausalLM, tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.equal(run(load_adapter(right, folder)), run(trained))
+    wrong = base()
+    for variant in ("relu", None):
+        if variant:
+            patch(wrong, variant)
+        with pytest.raises(ValueError, match=r"which has 'softpick'.*from_pretrained from"):
+            load_adapter(wrong, folder)
+        if variant:
+            unpatch(wrong)
+
+
+def test_a_plain_adapter_on_a_plain_base(tmp_path):
+    trained = train(wrapped(base(), modules=()))
+    trained.save_pretrained(tmp_path)
+    assert not (tmp_path / "attn_variants.json").exists()
+    assert torch.equal(run(load_adapter(base(), tmp_path)), run(trained))
+
+
+def test_pefts_own_save_tells_what_the_base_carries(tmp_path):
+    model = base()
+    patch(model, "ssmax", s=0.4)
+    trained = train(wrapped(model))
+    for again in (trained, copy.deepcopy(trained)):
+        again.save_pretrained(tmp_path)
+        assert torch.equal(run(load_adapter(base(), tmp_path)), run(trained))
+        (tmp_path / "attn_variants.json").unlink()
+    with pytest.warns(UserWarning, match="the base carries none"):
+        peft.PeftModel.from_pretrained(base(), tmp_path)
 
 
 def test_an_adapter_of_another_model(trained):

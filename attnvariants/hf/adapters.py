@@ -7,7 +7,9 @@ must carry and `load_adapter` holds the base to it.
 
 from __future__ import annotations
 
+import functools
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ from torch import nn
 from attnvariants.hf.holder import CHILD, AttnVariant
 from attnvariants.hf.record import entries_of, read_record, record_of, resolve_names, restore
 from attnvariants.hf.wrappers import is_peft
+from attnvariants.recorded import RECORD
 
 SIDECAR = "attn_variants.json"
-_WEIGHTS = "adapter_model.safetensors"
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def peft_modules_to_save() -> list[str]:
@@ -63,16 +66,47 @@ def save_adapter(model: Any, folder: Any, **kwargs: Any) -> None:
                 f"the learned values of {name} are trained but PEFT would not save them; wrap the "
                 "base with modules_to_save=attnvariants.hf.peft_modules_to_save()."
             )
-    model.save_pretrained(folder, **kwargs)
-    if kwargs.get("is_main_process", True):
-        text = json.dumps(record_of(entries), indent=2, sort_keys=True) + "\n"
-        for adapter in kwargs.get("selected_adapters") or list(model.peft_config):
-            where = Path(folder) if adapter == "default" else Path(folder, adapter)
+    _save(model, folder, **kwargs)
+
+
+def begin_adapter(model: Any, tuner: nn.Module) -> None:
+    """Have a PeftModel that begins to be built save what its base carries, whoever saves it.
+
+    Warns if its adapter has learned values of variants and the base carries none.
+    """
+    if any(CHILD in module._modules for module in tuner.modules()):
+        # a wrapper of the instance: other PeftModels save as always
+        model.save_pretrained = functools.partial(_save, model)
+        return
+    configs = getattr(tuner, "peft_config", {})
+    if any(CHILD in (getattr(c, "modules_to_save", None) or ()) for c in configs.values()):
+        warnings.warn(
+            "this adapter is for a model with attention variants and the base carries none: it is "
+            "loaded with attnvariants.hf.load_adapter(base, folder), or its base patched first.",
+            stacklevel=2,
+        )
+
+
+def _save(model: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
+    """`save_pretrained` of a PeftModel, and beside each adapter what its base carries."""
+    type(model).save_pretrained(model, folder, *args, **kwargs)
+    entries = entries_of(model.get_base_model(), _record)
+    if not entries or not kwargs.get("is_main_process", True):
+        return
+    text = json.dumps(record_of(entries), indent=2, sort_keys=True) + "\n"
+    for adapter in kwargs.get("selected_adapters") or list(model.peft_config):
+        where = Path(folder) if adapter == "default" else Path(folder, adapter)
+        if where.is_dir():
             (where / SIDECAR).write_text(text, encoding="utf-8")
 
 
 def load_adapter(model: Any, folder: Any, adapter_name: str = "default", **kwargs: Any) -> Any:
     """Load an adapter of `save_adapter` onto its base, patching the base first if it is plain.
+
+    An adapter that PEFT itself saved does not say what its base carried, and is loaded as PEFT does
+    if nothing speaks against the base: it has a place for every learned value of the adapter, and
+    carries what the folder records that the adapter names as its base. Where neither tells, a base
+    with variants is taken with a warning.
 
     Args:
         model: the base model, or a PEFT model that is to get one more adapter.
@@ -84,13 +118,14 @@ def load_adapter(model: Any, folder: Any, adapter_name: str = "default", **kwarg
         The PEFT model.
 
     Raises:
-        ValueError: the folder does not say what the base must carry, a file is corrupt, or the
-            base carries other variants or learned values than the adapter was trained with; the
-            model is then as it was.
+        ValueError: the folder holds no adapter, a file is corrupt, or the base carries other
+            variants or learned values than the adapter was trained with; the model is then
+            as it was.
     """
     peft = _peft()
     where = Path(folder)
-    entries, weights = _read(where)
+    weights = _read_weights(where)
+    told = (where / SIDECAR).is_file()
     wrapped = _base_of(model)
     base = model if wrapped is None else wrapped
     if wrapped is None and is_peft(base):
@@ -98,17 +133,20 @@ def load_adapter(model: Any, folder: Any, adapter_name: str = "default", **kwarg
             f"{type(base).__name__} carries adapters already; pass the PeftModel around it, or "
             "unload them first."
         )
-    if resolve_names(base, entries, str(where / SIDECAR)) != entries:
+    patched = any(hasattr(module, CHILD) for module in base.modules())
+    entries = _read_sidecar(where) if told else []
+    if not told:
+        _check_untold(base, weights, where)
+    elif resolve_names(base, entries, str(where / SIDECAR)) != entries:
         raise ValueError(
             f"the adapter in {where} was trained on a model whose modules are named like "
             f"{entries[0]['modules'][0]}, which {type(base).__name__} has under another name; load "
             "it onto the class it was trained on."
         )
     handles: list[Any] = []
-    patched = any(hasattr(module, CHILD) for module in base.modules())
-    if patched:
+    if told and patched:
         _check_base(base, entries, weights, where)
-    elif wrapped is not None:
+    elif told and wrapped is not None:
         raise ValueError(
             f"the base of this {type(model).__name__} carries no attention variants and the "
             f"adapter in {where} was trained with {entries[0]['variant']!r}; unload its adapters, "
@@ -162,35 +200,71 @@ def _record(holder: Any) -> dict[str, Any] | None:
     return holder.record(current=True) if isinstance(holder, AttnVariant) else None
 
 
-def _read(where: Path) -> tuple[list[dict[str, Any]], dict[str, list[int]]]:
-    """The entries of an adapter's sidecar, and the shapes of its learned values by name."""
+def _read_weights(where: Path) -> dict[str, list[int]]:
+    """The shapes of an adapter's learned values by name."""
     from safetensors import SafetensorError, safe_open
 
-    if not (where / "adapter_config.json").is_file():
-        raise ValueError(f"{where} holds no adapter_config.json, so it is no PEFT adapter.")
-    if not (where / SIDECAR).is_file():
-        raise ValueError(
-            f"{where} holds no {SIDECAR}, which says what variants its base must carry: it was not "
-            "saved by attnvariants.hf.save_adapter. On a base patched exactly as in training, load "
-            "it with PeftModel.from_pretrained and save it with save_adapter."
-        )
+    if not (where / _CONFIG).is_file():
+        raise ValueError(f"{where} holds no {_CONFIG}, so it is no PEFT adapter.")
     if not (where / _WEIGHTS).is_file():
         raise ValueError(
             f"{where} holds no {_WEIGHTS}, and pickled weights are not loaded; save the adapter "
             "with save_adapter."
         )
     try:
-        record = json.loads((where / SIDECAR).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{where / SIDECAR} is no valid JSON: {error}.") from error
-    try:
         with safe_open(where / _WEIGHTS, "pt") as file:
             names = [name for name in file.keys() if f".{CHILD}." in name]  # noqa: SIM118
             shapes = {name: file.get_slice(name).get_shape() for name in names}
     except SafetensorError as error:
         raise ValueError(f"{where / _WEIGHTS} is truncated or corrupt: {error}.") from error
-    own = {name.removeprefix("base_model.model."): shape for name, shape in shapes.items()}
-    return read_record(record, str(where / SIDECAR)), own
+    return {name.removeprefix("base_model.model."): shape for name, shape in shapes.items()}
+
+
+def _read_sidecar(where: Path) -> list[dict[str, Any]]:
+    """The entries that say what an adapter was trained on."""
+    return read_record(_json(where / SIDECAR), str(where / SIDECAR))
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON: {error}.") from error
+
+
+def _check_untold(base: nn.Module, weights: dict[str, list[int]], where: Path) -> None:
+    """Hold a base to what is known of an adapter that PEFT itself saved.
+
+    Raises:
+        ValueError: the base is another than the adapter names, or carries no variants and the
+            adapter brings learned values of some.
+    """
+    have = _by_module(entries_of(base, _record))
+    named = str(_json(where / _CONFIG).get("base_model_name_or_path") or "")
+    config = Path(named, "config.json")
+    record = _json(config).get(RECORD) if named and config.is_file() else None
+    if record is not None:
+        want = _by_module(resolve_names(base, read_record(record, str(config)), str(config)))
+        for name in sorted(have.keys() | want.keys()):
+            if have.get(name) != want.get(name):
+                raise ValueError(
+                    f"the adapter in {where} was trained on {named}, which has "
+                    f"{_say(want.get(name))} at {name}, and this base has {_say(have.get(name))}; "
+                    f"load the base with attnvariants.from_pretrained from {named}."
+                )
+    elif weights and not have:
+        raise ValueError(
+            f"{where} holds learned values of attention variants, such as {min(weights)}, and no "
+            f"{SIDECAR}, which says what its base must carry: it was not saved by "
+            "attnvariants.hf.save_adapter. Patch the base exactly as in training first."
+        )
+    elif have:
+        warnings.warn(
+            f"{where} does not say what attention variants it was trained with, and was loaded "
+            f"onto a base with {_say(next(iter(have.values())))}; save it with "
+            "attnvariants.hf.save_adapter.",
+            stacklevel=3,
+        )
 
 
 def _check_base(
