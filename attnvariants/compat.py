@@ -158,12 +158,13 @@ def flash_attn_func(
         k: `[batch, kv_len, kv_heads, head_dim]`.
         v: `[batch, kv_len, kv_heads, value_dim]`.
         causal: bottom-right aligned.
+        softcap: cap c of the scores; 0 or less is off.
         deterministic: accepted; every engine here is.
         return_attn_probs: also return `softmax_lse` [batch, heads, q_len], the log-sum-exp of the
             scores in float32 (inf for a row that sees no key), and, if there is dropout, the
             weights before it, negative where it drops them.
-        dropout_p, softmax_scale, window_size, softcap, alibi_slopes, variant, impl, generator,
-            options: as in `attention`.
+        dropout_p, softmax_scale, window_size, alibi_slopes, variant, impl, generator, options: as
+            in `attention`.
 
     Returns:
         `[batch, q_len, heads, value_dim]`, or (that, softmax_lse, weights or None).
@@ -182,7 +183,7 @@ def flash_attn_func(
         "causal": causal,
         "window_size": window_size,
         "alibi_slopes": alibi_slopes,
-        "softcap": softcap,
+        "softcap": _flash_cap(softcap),
         "scale": _flash_scale(softmax_scale),
         **options,
     }
@@ -207,6 +208,12 @@ def _flash_lse(stats: RowStats) -> Tensor:
 
 def _flash_scale(softmax_scale: Any) -> float | None:
     return None if softmax_scale is None else check_number("softmax_scale", softmax_scale)
+
+
+def _flash_cap(softcap: Any) -> float:
+    """The cap; 0, which is off, for None and for what is negative, as flash-attn has it."""
+    cap = 0.0 if softcap is None else check_number("softcap", softcap)
+    return cap if cap > 0 else 0.0
 
 
 def _known_names(function: Any, variant: Variant, options: dict[str, Any]) -> None:
@@ -293,7 +300,7 @@ def flash_attn_varlen_func(
         causal=causal,
         window_size=window_size,
         alibi_slopes=alibi_slopes,
-        softcap=softcap,
+        softcap=_flash_cap(softcap),
         scale=_flash_scale(softmax_scale),
         dropout_p=dropout_p,
         generator=generator,

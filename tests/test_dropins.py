@@ -98,6 +98,13 @@ def test_an_unlimited_window_limits_nothing(window):
     assert torch.equal(attention(Q, Q, Q, window_size=window), attention(Q, Q, Q))
 
 
+@pytest.mark.parametrize("off", [None, 0, 0.0, -1.0, np.float32(-2)])
+def test_a_softcap_of_flash_attn_that_is_not_positive_is_off(off):
+    assert torch.equal(flash_attn_func(Q, Q, Q, softcap=off), flash_attn_func(Q, Q, Q))
+    got = flash_attn_varlen_func(P, P, P, CU, CU, softcap=off)
+    assert torch.equal(got, flash_attn_varlen_func(P, P, P, CU, CU))
+
+
 def random(*sizes):
     return torch.randn(*sizes, generator=torch.Generator().manual_seed(len(sizes) + sizes[0]))
 

@@ -116,7 +116,11 @@ def faults(call, name, right=()):
 @pytest.mark.parametrize(("case", "name"), EVERY)
 def test_a_wrong_argument_is_a_sentence_that_names_it(case, name):
     function, given = CALLS[case]
-    found = faults(lambda value: function(**{**given, name: value}), name, RIGHT.get(name, ()))
+    right = RIGHT.get(name, set())
+    if name == "softcap" and case.startswith("flash"):
+        # off, as it is in flash-attn
+        right = {"minus seven"}
+    found = faults(lambda value: function(**{**given, name: value}), name, right)
     assert not found, found
 
 

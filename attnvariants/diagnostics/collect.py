@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnvariants.api import iter_weights
+from attnvariants.checks import dense
 from attnvariants.diagnostics.activations import ActivationSums, Moments
 from attnvariants.diagnostics.metrics import AttentionSums, check_threshold
 from attnvariants.diagnostics.report import LayerReport, Report
+from attnvariants.scalars import check_integer, in_words
 
 _HIDDEN = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
 
@@ -50,6 +52,8 @@ def diagnose(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"diagnose takes a torch model, got {type(model).__name__}.")
+    if progress is not None and not callable(progress):
+        raise ValueError(f"progress must be a function (done, of), got {in_words(progress)}.")
     model = getattr(model, "_orig_mod", model)
     inputs, mask = _inputs(model, batch, attention_mask)
     count = next(iter(inputs.values())).shape[0]
@@ -240,6 +244,11 @@ def _inputs(
             "batch must be token ids [batch, tokens] or a mapping of the model's arguments that "
             "starts with such a tensor, and must not be empty."
         )
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) or name == "attention_mask":
+            _check_tensor("batch" if value is batch else name, value)
+    if isinstance(batch, Tensor):
+        _check_ids(model, batch)
     device = next((p.device for p in model.parameters()), first.device)
     inputs = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in inputs.items()}
     mask = inputs.get("attention_mask")
@@ -249,6 +258,11 @@ def _inputs(
         raise ValueError(
             f"attention_mask must have shape [batch, tokens] = {list(first.shape[:2])}, "
             f"got {list(mask.shape)}."
+        )
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            "attention_mask must hold 1 or True for tokens and 0 or False for padding, got other "
+            f"values of {mask.dtype}; a mask that is added to scores is none of these."
         )
     mask = mask != 0
     if bool(mask.all()):
@@ -261,12 +275,30 @@ def _inputs(
     return inputs, mask
 
 
+def _check_tensor(name: str, tensor: Any) -> None:
+    if dense(name, tensor).is_meta:
+        raise ValueError(f"{name} must have values to be measured on, got a meta tensor.")
+
+
+def _check_ids(model: nn.Module, ids: Tensor) -> None:
+    """Raise ValueError unless the model has embeddings for these tokens."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"batch must be token ids of int32 or int64, got {ids.dtype}; convert it.")
+    try:
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return
+    if isinstance(embeddings, nn.Embedding):
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= embeddings.num_embeddings:
+            raise ValueError(
+                f"batch must be token ids 0 .. {embeddings.num_embeddings - 1}, which are all that "
+                f"the model knows, got {low if low < 0 else high}."
+            )
+
+
 def _batch_size(batch_size: int | None, count: int) -> int:
-    if batch_size is None:
-        return count
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
-    return batch_size
+    return count if batch_size is None else check_integer("batch_size", batch_size, 1)
 
 
 def _part(value: Any, start: int, stop: int, count: int) -> Any:
