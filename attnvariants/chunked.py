@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnvariants import second_order
+from attnvariants import context, second_order
 from attnvariants.autocast import no_autocast
 from attnvariants.blocks import Block, blocks
 from attnvariants.problem import Problem, RowStats, block_of, compute_dtype, pick
@@ -321,7 +321,13 @@ def weight_blocks(query: Tensor, key: Tensor, problem: Problem) -> Iterator[Weig
     """The weights of a prepared call, block by block, without a gradient."""
     q, k = _ready(query), _ready(key)
     batch, heads = q.shape[:2]
+    by_reference = not context.plain() or context.shapes_alone(q)
     for block in blocks(batch, k.shape[1], heads // k.shape[1], problem):
+        if by_reference:
+            with torch.no_grad(), no_autocast(q):
+                weights, scores, keep = second_order.weights_of(block, q, k, problem)
+            yield WeightBlock(*block.where, weights, keep, scores)
+            continue
         with torch.no_grad(), no_autocast(q):
             part = _Part(block, q, k, problem)
             scores = part.scores / part.early_unit

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
 
-from attnvariants import chunked, second_order
+from attnvariants import chunked, reference, second_order
 from attnvariants.autocast import no_autocast
 from attnvariants.context import readable
 from attnvariants.dropout import Dropout
@@ -256,3 +257,26 @@ def _gradients(
 torch.library.register_autograd(
     "attnvariants::chunked_forward", _differentiate, setup_context=_setup
 )
+
+
+def _plain_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    problem = _problem_of(query, key, rest[:6], _Facts(*rest[6:]))
+    return reference.attention(query, key, value.to(compute_dtype(value)), problem)[0]
+
+
+def _plain_weights(query: Tensor, key: Tensor, *rest: Any) -> list[Tensor]:
+    problem = _problem_of(query, key, rest[:6], _Facts(*rest[8:]))
+    weights, stats = reference.weights_and_stats(query, key, problem, *rest[6:8])
+    found = [weights, *((None,) * 4 if stats is None else stats)]
+    return [query.new_empty(0) if tensor is None else tensor for tensor in found]
+
+
+# what torch.onnx.export makes of the operators in a program that torch.export recorded; with a
+# "meta" of their own, fake tensors do not go through it
+for _operator, _fake, _plain in (
+    ("chunked_forward", _fake_forward, _plain_forward),
+    ("chunked_weights", _fake_weights, _plain_weights),
+):
+    _overload = getattr(torch.ops.attnvariants, _operator).default
+    register_decomposition(_overload, type="meta")(_fake)
+    register_decomposition(_overload)(_plain)

@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 _MODES = torch._C._TorchDispatchModeKey
+# the oldest torch does not tell exporting from compiling
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 def readable(tensor: Tensor) -> bool:
@@ -44,6 +46,11 @@ def recorded() -> bool:
 def unguarded() -> bool:
     """Whether torch.jit.trace records, whose graph runs whatever shapes it gets as they come."""
     return torch.jit.is_tracing()
+
+
+def exported() -> bool:
+    """Whether what is recorded runs without a check of what it was recorded with, but for sizes."""
+    return unguarded() or _is_exporting()
 
 
 def transformed() -> bool:

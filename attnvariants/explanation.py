@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from attnvariants.engines import Explanation
 from attnvariants.problem import build
 from attnvariants.registry import CALL_ARGUMENTS, Variant, get_variant
 from attnvariants.scalars import check_flag
-from attnvariants.varlen import pack, packed_problem, sequence
+from attnvariants.varlen import bounds_of, pack, packed_problem, sequence
 
 _PACKED = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
 _RETURNS = "return_weights", "return_stats"
@@ -67,10 +68,12 @@ def explain(
             if together.engine == "triton" and not any(extras) and not known.get("dropout_p"):
                 return together
             # all others take the sequences one by one: what a longest one runs on
-            first, last = (int(packed.cu_q.diff().argmax()) + i for i in (0, 1))
+            bounds_q, bounds_k = bounds_of(packed.cu_q, query), bounds_of(packed.cu_k, key)
+            lengths = [stop - start for start, stop in pairwise(bounds_q)]
+            first = lengths.index(max(lengths))
             query, key, value = (
-                sequence(tensor, slice(int(cu[first]), int(cu[last])))
-                for tensor, cu in ((query, packed.cu_q), (key, packed.cu_k), (value, packed.cu_k))
+                sequence(tensor, slice(*bounds[first : first + 2]))
+                for tensor, bounds in ((query, bounds_q), (key, bounds_k), (value, bounds_k))
             )
             slopes = known.get("alibi_slopes")
             if slopes is not None and slopes.dim() == 2:

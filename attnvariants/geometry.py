@@ -97,9 +97,9 @@ class Geometry:
         distance = self.distance(rows, cols, device)
         keep = torch.ones_like(distance, dtype=torch.bool)
         if self.left is not None:
-            keep &= distance >= -self.left
+            keep = keep & (distance >= -self.left)
         if self.right is not None:
-            keep &= distance <= self.right
+            keep = keep & (distance <= self.right)
         return keep
 
     def edges(self, rows: slice, cols: slice) -> list[slice]:

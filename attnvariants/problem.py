@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnvariants import checks, scalars
-from attnvariants.context import readable
+from attnvariants.context import exported, readable
 from attnvariants.dropout import Dropout
 from attnvariants.geometry import Geometry, Packed
 from attnvariants.registry import Rows, Variant
@@ -264,7 +264,7 @@ def _visibility(
         if tensor is None:
             continue
         tensor = checks.broadcastable(name, tensor, shape, device)
-        if not tensor.requires_grad:
+        if not tensor.requires_grad and not exported():
             tensor = checks.collapse(tensor)
         visible: Tensor | None
         finite: Tensor | None

@@ -72,7 +72,8 @@ class Rows(NamedTuple):
         if isinstance(self.kv_len, Tensor):
             longest = self.kv_len.clamp(min=longest)
         else:
-            longest = max(longest, self.kv_len)
+            # symbolic lengths too
+            longest = torch.sym_max(longest, self.kv_len)
         of_queries = torch.arange(query.shape[-2], device=query.device) + self.offset
         of_keys = torch.arange(key.shape[-2], device=key.device) + self.first_key
         return (of_queries, longest), (of_keys, longest)

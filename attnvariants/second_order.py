@@ -185,22 +185,40 @@ def _parts(block: Block, tensors: Inputs) -> list[Tensor | None]:
     ]
 
 
+def weights_of(
+    block: Block, query: Tensor, key: Tensor, problem: Problem
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, scores and visibility of a block of a call, by the reference formula."""
+    inputs = None, query, key, None, problem.bias, problem.slopes, *problem.learned.values()
+    _, q, k, _, *rest = _parts(block, inputs)
+    assert q is not None
+    assert k is not None
+    return _weights(block, q, k, rest, _cut(block, problem))
+
+
 def _cut(block: Block, problem: Problem) -> Problem:
     """The problem with the mask of a block alone."""
     keep = problem.keep
     return problem if keep is None else replace(problem, keep=block_of(keep, *block.where))
 
 
-def _output(block: Block, leaves: Inputs, problem: Problem) -> Tensor:
-    """A block's rows of the output, by the reference formula."""
-    query, key, value, bias, slopes, *learned = leaves
-    assert query is not None
-    assert key is not None
-    assert value is not None
+def _weights(
+    block: Block, query: Tensor, key: Tensor, rest: Inputs, problem: Problem
+) -> tuple[Tensor, Tensor, Tensor]:
+    bias, slopes, *learned = rest
     options = {**problem.options, **dict(zip(problem.learned, learned, strict=True))}
     part = replace(problem, options=options, bias=bias, slopes=slopes)
     rows = problem.rows(block.batch, block.heads, block.rows, query.dtype)
-    w, _, _ = reference.weights_of(query, key, part, rows, block.rows, block.cols)
+    return reference.weights_of(query, key, part, rows, block.rows, block.cols)
+
+
+def _output(block: Block, leaves: Inputs, problem: Problem) -> Tensor:
+    """A block's rows of the output, by the reference formula."""
+    query, key, value, *rest = leaves
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    w, _, _ = _weights(block, query, key, rest, problem)
     if problem.dropout is not None:
         w = w * problem.dropout.factor(*block.where, like=w)
     return block.ungroup(block.group(w) @ value)

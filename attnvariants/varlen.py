@@ -11,7 +11,7 @@ from torch import Tensor
 from attnvariants import checks, engines, fused, scalars
 from attnvariants.api import attention
 from attnvariants.autocast import autocast_inputs, no_autocast
-from attnvariants.context import shapes_alone, unguarded
+from attnvariants.context import readable, shapes_alone, unguarded
 from attnvariants.geometry import Packed
 from attnvariants.problem import Problem, RowStats, build, prepare
 from attnvariants.registry import Variant, get_variant
@@ -94,16 +94,12 @@ def attention_varlen(
         alibi_slopes = checks.check_slopes(
             alibi_slopes, cu_seqlens_q.shape[0] - 1, query.shape[1], query.device
         )
-    if shapes_alone(packed.cu_q) or shapes_alone(packed.cu_k):
-        if return_weights:
-            raise ValueError(
-                "return_weights must be False where cu_seqlens_q has no values (on the meta "
-                "device, or fake): the weights' sizes depend on them."
-            )
-        # one sequence of all tokens has the output's and statistics' shapes
-        bounds_q, bounds_k = [0, query.shape[0]], [0, key.shape[0]]
-    else:
-        bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    if return_weights and (shapes_alone(packed.cu_q) or shapes_alone(packed.cu_k)):
+        raise ValueError(
+            "return_weights must be False where cu_seqlens_q has no values (on the meta "
+            "device, or fake): the weights' sizes depend on them."
+        )
+    bounds_q, bounds_k = bounds_of(cu_seqlens_q, query), bounds_of(cu_seqlens_k, key)
     if len(bounds_q) == 1:
         # no sequence at all: one empty one has the same output, and its call the same checks
         bounds_q, bounds_k, alibi_slopes = [0, 0], [0, 0], None
@@ -233,6 +229,27 @@ def _in_one_launch(
             return None
         query, key = prepare(query, key, problem)
         return engines.run("triton", query, key, value, problem)[0].transpose(0, 1)
+
+
+def bounds_of(cu_seqlens: Tensor, tokens: Tensor) -> list[int]:
+    """The boundaries as integers; where nothing has values, any that give the same shapes.
+
+    Args:
+        cu_seqlens: `[sequences + 1]`, as checked.
+        tokens: `[tokens, heads, width]`, the query or key that they are of.
+
+    Raises:
+        ValueError: they differ among what a vmap maps.
+    """
+    if readable(cu_seqlens) or torch.compiler.is_compiling():
+        return cu_seqlens.tolist()
+    if not shapes_alone(cu_seqlens):
+        raise ValueError(
+            "cu_seqlens must have values that can be read where sequences run one after another, "
+            "got boundaries mapped by vmap; call attention with a mask instead."
+        )
+    several, total = cu_seqlens.shape[0] - 1, tokens.shape[0]
+    return [total * index // max(several, 1) for index in range(several + 1)]
 
 
 def sequence(tensor: Tensor, span: slice) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import attnvariants
+from attnvariants.context import readable
 from attnvariants.hf import masks, penalties
 from attnvariants.hf.eager import UNSUPPORTED, eager_of
 from attnvariants.hf.find import own_config
@@ -291,7 +292,7 @@ def _documents(query: Tensor, view: View, kwargs: dict[str, Any], plain: bool) -
             f"cu_seq_lens_q describes a packed batch of one row, got {query.shape[0]} rows; pass "
             "an attention mask instead."
         )
-    if plain and not torch.compiler.is_compiling():
+    if plain and all(readable(tensor) for tensor in bounds):
         return view._replace(documents=bounds)
     keep = masks.document_keep(*bounds, query.shape[2], view.keys, view.causal)
     return view._replace(causal=False, keep=keep)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_map
 
+from attnvariants.context import exported, readable
 from attnvariants.hf.names import masking
 from attnvariants.hf.patterns import Pattern, boundaries, pattern_of
 
@@ -183,7 +184,7 @@ class LazyMask(BlockMask):
 
     def _documents(self) -> tuple[Tensor, Tensor] | None:
         ids = self.pattern.documents
-        if ids is None or ids.shape != (self.batch, self.q_len):
+        if ids is None or ids.shape != (self.batch, self.q_len) or not readable(ids):
             return None
         if "documents" not in self._built:
             bounds = None if self.request["attention_mask"] is not None else boundaries(ids)
@@ -195,13 +196,13 @@ class LazyMask(BlockMask):
         if self.request["attention_mask"] is None:
             return None
         # a symbolic length of a call being compiled would be fixed by looking it up
-        compiling = torch.compiler.is_compiling()
-        if compiling or ("keep", keys) not in self._built:
+        unread = not readable(self.request["attention_mask"])
+        if unread or ("keep", keys) not in self._built:
             start = self.request["kv_offset"]
             keep = self.request["attention_mask"][: self.batch, start : start + keys]
             if keep.shape[1] < keys:
                 keep = F.pad(keep, (0, keys - keep.shape[1]), value=False)
-            if compiling:
+            if unread:
                 return keep[:, None, None]
             self._built["keep", keys] = None if bool(keep.all()) else keep[:, None, None]
         return self._built["keep", keys]
@@ -260,7 +261,6 @@ def describe(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, more:
             as transformers' `sdpa_mask` takes them.
     """
-    compiling = torch.compiler.is_compiling()
     function = masking().causal if mask_function is None else mask_function
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask = attention_mask.bool()
@@ -289,8 +289,8 @@ def describe(
         or not ready
         or not isinstance(kv_offset, int)
         or (q_length == 1 and static)
-        or (steps and compiling)
-        or torch.compiler.is_exporting()
+        or (steps and not readable(q_offset))
+        or exported()
     ):
         return build_tensor(request, form)
     if steps:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnvariants.context import readable
 from attnvariants.hf.names import masking
 
 
@@ -88,6 +89,8 @@ def _all_of(mask_functions: tuple[Callable[..., Any], ...]) -> Pattern | None:
     # positions of a document that count up by one differ as the tokens' own do
     documents = whole.documents
     if documents is None or documents.shape != positions.shape:
+        return None
+    if not readable(positions) or not readable(documents):
         return None
     steps = (positions.diff(dim=-1) == 1) | (documents.diff(dim=-1) != 0)
     return whole if bool(steps.all()) else None

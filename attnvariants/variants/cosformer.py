@@ -23,7 +23,7 @@ EPS = 1e-6
 
 def prepare(query, key, rows, *, max_len):
     def features(x, position, longest):
-        angle = position.double() * (math.pi / 2 / (max_len or longest))
+        angle = position.double() * (math.pi / 2) / (max_len or longest)
         angle = angle.unsqueeze(-1)
         x = x.relu()
         return torch.cat([x * angle.cos().to(x.dtype), x * angle.sin().to(x.dtype)], -1)

@@ -38,7 +38,7 @@ def ratio(scores, rows, *, p, offset, exempt_rows):
     dead = raised <= max(_TIES * limits.eps * offset, limits.tiny)
     log_r = torch.where(dead, 1.0, raised).log().masked_fill(dead, -math.inf)
     peak = log_r.amax(-1, keepdim=True).detach()
-    e = (p * (log_r - peak.masked_fill(peak.isneginf(), 0.0))).exp()
+    e = (p * (log_r - peak.masked_fill(peak == -math.inf, 0.0))).exp()
     return e, e.sum(-1, keepdim=True)
 
 

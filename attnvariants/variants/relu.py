@@ -42,7 +42,7 @@ def length_power(rows, length, power):
         return rows.visible.clamp(min=1) ** power
     size = rows.kv_len if length == "kv" else length
     if not isinstance(size, torch.Tensor):
-        size = rows.visible.new_full((), float(size))
+        size = rows.visible.new_full((), torch.sym_float(size))
     return size.to(rows.visible.dtype) ** power
 
 

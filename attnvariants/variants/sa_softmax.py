@@ -13,6 +13,8 @@ engines in torch divide it among them and the kernels give it to the first.
 Source: Zheng et al., 2025, arXiv:2502.18277.
 """
 
+import math
+
 import torch
 
 from attnvariants.registry import Option, Variant
@@ -36,7 +38,7 @@ _EPS = 1e-10
 def ratio(scores, rows, *, form, detach_minmax):
     e, total = exp_ratio(scores)
     # a hidden key's score is -inf and its weight 0: keep their product out of NaN
-    x = scores.masked_fill(scores.isneginf(), 0.0)
+    x = scores.masked_fill(scores == -math.inf, 0.0)
     if form == "x":
         return x * e, total
     source = x.detach() if detach_minmax else x

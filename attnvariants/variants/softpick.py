@@ -9,6 +9,7 @@ Source: Zuhri et al., 2025, arXiv:2504.20966.
 
 import torch
 
+from attnvariants.context import unguarded
 from attnvariants.registry import Option, Variant
 from attnvariants.variants._shared import LOG2E
 from attnvariants_kernels import functions as fn
@@ -21,10 +22,15 @@ _UNSHIFTED = 40.0
 _CANCELS = 0.7
 
 
+def _expm1(x):
+    """e^x - 1; where a trace may go to ONNX, from functions that its older exporter knows."""
+    return torch.tanh(x / 2) * (x.exp() + 1) if unguarded() else torch.expm1(x)
+
+
 def ratio(scores, rows, *, eps):
     peak = scores.amax(-1, keepdim=True).detach().clamp(min=0)
     # e^{s-m} - e^{-m} with neither overflow nor cancellation near s = 0.
-    size = -torch.expm1(-scores.abs()) * (scores.clamp(min=0) - peak).exp()
+    size = -_expm1(-scores.abs()) * (scores.clamp(min=0) - peak).exp()
     return torch.where(scores > 0, size, 0.0), size.sum(-1, keepdim=True) + eps
 
 
