@@ -158,7 +158,7 @@ def test_explain_names_the_engine_of_a_trace():
 
 def test_packed_boundaries_are_not_traced():
     x, bounds = torch.randn(5, 2, 4), torch.tensor([0, 2, 5])
-    with pytest.raises(ValueError, match="attention_varlen cannot be recorded by torch.jit.trace"):
+    with pytest.raises(ValueError, match="attention_varlen cannot be recorded by"):
         quietly(torch.jit.trace, lambda x, b: attention_varlen(x, x, x, b, b), (x, bounds),
                 check_trace=False)  # fmt: skip
 
