@@ -44,6 +44,8 @@ def attention(
 
     where softcap(x) = c tanh(x / c). A row that sees no key gives 0 and takes no gradient.
 
+    Numbers and flags may be Python's, numpy's or tensors of one element, which are read.
+
     Args:
         query: `[batch, heads, q_len, head_dim]`, floating point, any strides.
         key: `[batch, kv_heads, kv_len, head_dim]`; heads is a multiple of kv_heads (GQA, MQA).
