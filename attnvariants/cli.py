@@ -273,7 +273,8 @@ def _diagnose(
 
 # arguments of `patch` and `check` that are no options of a variant, nor of its preset
 _NOT_OPTIONS = (
-    "backend", "impl", "layers", "masks", "model", "preset", "trainable", "variant", "verify",
+    "backend", "impl", "layers", "masks", "model", "penalties", "preset", "trainable", "variant",
+    "verify",
 )  # fmt: skip
 
 

@@ -277,3 +277,29 @@ def test_penalties_are_hidden_through_the_softmax_hook(name):
         # sparsemax has no weight for what is so low
         with patch(model, variant, backend="softmax-hook", penalties="added"):
             assert not torch.allclose(last(-100.0), lowest, atol=1e-3)
+
+
+def test_a_check_takes_the_rule_too():
+    check = pytest.importorskip("attnvariants.hf").check
+    result = check(llama(), "softpick", penalties=-1e4)
+    assert result.passed, result
+    with pytest.raises(ValueError, match="penalties must be"):
+        check(llama(), "softpick", penalties="no")
+
+
+def test_a_state_of_fixed_size_takes_penalties_for_padding():
+    from attnvariants.hf import masks
+    from attnvariants.hf.names import with_cache
+
+    if not masks._has_lazy():
+        pytest.skip("needs transformers >= 5.5")
+    model = llama()
+    patch(model, "cosformer")
+    mask = penalty(future(10, 10) | (torch.arange(10) < 3), -1e4)
+    keep = mask == 0
+    found = []
+    for given in (mask, keep):
+        with torch.no_grad():
+            cache = attnvariants.hf.RecurrentCache(model)
+            found.append(model(tokens(), attention_mask=given, **with_cache(model, cache)).logits)
+    torch.testing.assert_close(found[0][:, 3:], found[1][:, 3:])

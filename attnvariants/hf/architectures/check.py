@@ -21,6 +21,7 @@ from attnvariants.hf.find import attention_modules
 from attnvariants.hf.names import implementation_of, set_implementation
 from attnvariants.hf.outputs import Case, difference, meaning_of, outputs_of, sentence
 from attnvariants.hf.patcher import Patch, patch
+from attnvariants.hf.penalties import AUTO, check_penalties
 from attnvariants.hf.plan import check_backend
 from attnvariants.hf.state import state_of
 from attnvariants.hf.verify import TITLES, verify_model
@@ -99,11 +100,12 @@ def check(
 
 def _checks(model: nn.Module, variant: str, settings: dict[str, Any]) -> Iterator[Check]:
     named = {key: settings.get(key) for key in ("layers", "preset", "train_length")}
-    others = {"impl", "trainable", "masks", "backend"} | set(named)
+    others = {"impl", "trainable", "masks", "penalties", "backend"} | set(named)
     options = {key: value for key, value in settings.items() if key not in others}
     requests_of(variant, named["layers"], options, named["preset"], named["train_length"])
     check_impl(settings.get("impl", "auto"))
     masks.check_mode(settings.get("masks"))
+    check_penalties(settings.get("penalties", AUTO))
     check_backend(
         settings.get("backend", "dispatch"), settings.get("impl", "auto"), settings.get("masks")
     )
@@ -157,7 +159,9 @@ def _identity(model: nn.Module, cases: list[Case], settings: dict[str, Any]) -> 
     """Softmax by a patch against the model's own operator and against eager attention."""
     tolerance = 5e-2 if _half(model) else 1e-4
     chosen = {
-        key: settings[key] for key in ("layers", "impl", "masks", "backend") if key in settings
+        key: settings[key]
+        for key in ("layers", "impl", "masks", "penalties", "backend")
+        if key in settings
     }
     expected = {"its own operator": _try_outputs(model, cases)}
     parts = [
