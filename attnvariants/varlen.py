@@ -11,7 +11,7 @@ from torch import Tensor
 from attnvariants import checks, engines, fused, scalars
 from attnvariants.api import attention
 from attnvariants.autocast import autocast_inputs, no_autocast
-from attnvariants.context import readable, shapes_alone, unguarded
+from attnvariants.context import shapes_alone, unguarded
 from attnvariants.geometry import Packed
 from attnvariants.problem import Problem, RowStats, build, prepare
 from attnvariants.registry import Variant, get_variant
@@ -237,17 +237,9 @@ def bounds_of(cu_seqlens: Tensor, tokens: Tensor) -> list[int]:
     Args:
         cu_seqlens: `[sequences + 1]`, as checked.
         tokens: `[tokens, heads, width]`, the query or key that they are of.
-
-    Raises:
-        ValueError: they differ among what a vmap maps.
     """
-    if readable(cu_seqlens) or torch.compiler.is_compiling():
-        return cu_seqlens.tolist()
     if not shapes_alone(cu_seqlens):
-        raise ValueError(
-            "cu_seqlens must have values that can be read where sequences run one after another, "
-            "got boundaries mapped by vmap; call attention with a mask instead."
-        )
+        return cu_seqlens.tolist()
     several, total = cu_seqlens.shape[0] - 1, tokens.shape[0]
     return [total * index // max(several, 1) for index in range(several + 1)]
 
