@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # where `make matrix` keeps its environments, of which those with CUDA builds take 5 GB each
 MATRIX ?= .matrix
 
-.PHONY: demo test nightly check bench static gpu docs models matrix lock
+.PHONY: demo test nightly check bench static gpu docs models matrix lock fuzz
 
 demo: $(VENV)/.installed
 	$(BIN)/attnvariants demo
@@ -30,6 +30,14 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# random calls against the float64 reference, half an hour; the interpreted ones are the kernels'
+fuzz: export OMP_NUM_THREADS = 1
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m attnvariants.testing fuzz --cases 50000 --workers 2 --out build/fuzz
+	$(BIN)/python -m attnvariants.testing fuzz --cases 2000 --impl sdpa --workers 2
+	TRITON_INTERPRET=1 $(BIN)/python -m attnvariants.testing fuzz --cases 2000 --impl triton \
+		--workers 2 --out build/fuzz-triton
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.cpu

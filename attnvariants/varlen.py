@@ -13,7 +13,7 @@ from attnvariants.api import attention
 from attnvariants.autocast import autocast_inputs, no_autocast
 from attnvariants.context import shapes_alone, unguarded
 from attnvariants.geometry import Packed
-from attnvariants.problem import Problem, RowStats, build, prepare
+from attnvariants.problem import Problem, RowStats, build, compute_dtype, prepare
 from attnvariants.registry import Variant, get_variant
 
 
@@ -94,6 +94,9 @@ def attention_varlen(
         alibi_slopes = checks.check_slopes(
             alibi_slopes, cu_seqlens_q.shape[0] - 1, query.shape[1], query.device
         )
+        # gradients of the sequences add up in it, and are rounded once
+        alibi_slopes = alibi_slopes.to(compute_dtype(query))
+    options = {name: _summed(value, query) for name, value in options.items()}
     if return_weights and (shapes_alone(packed.cu_q) or shapes_alone(packed.cu_k)):
         raise ValueError(
             "return_weights must be False where cu_seqlens_q has no values (on the meta "
@@ -131,6 +134,12 @@ def attention_varlen(
         columns = zip(*(result[-1] for result in results), strict=True)
         extra.append(RowStats(*(torch.cat([part[0] for part in column], -1) for column in columns)))
     return (out, *extra) if extra else out
+
+
+def _summed(option: Any, like: Tensor) -> Any:
+    """An option of all sequences, in the dtype that their gradients are to add up in."""
+    learned = isinstance(option, Tensor) and option.is_floating_point()
+    return option.to(compute_dtype(like)) if learned else option
 
 
 def pack(
