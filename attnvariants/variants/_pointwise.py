@@ -186,5 +186,5 @@ def hooks(options, case):
     return Hooks(
         no_stats, no_sweep, fold, end, grad, no_delta, hidden=hidden, rescales=False,
         needs_n=options["length"] == "visible", needs_delta=False, hides=hides,
-        proportional=linear, cost=int(not cheap),
+        scaled=True, cost=int(not cheap),
     )  # fmt: skip

@@ -56,7 +56,7 @@ def grad(x, unit, cols, dp, saved, delta, n, theta):
 
 HOOKS = Hooks(
     no_stats, no_sweep, fold, finish, grad, no_delta,
-    hidden=0.0, saves=2, rescales=False, proportional=True, cost=3,
+    hidden=0.0, saves=2, rescales=False, scaled=True, cost=3,
 )  # fmt: skip
 
 

@@ -17,7 +17,15 @@ from attnvariants.variants._shared import (
 )  # fmt: skip
 from attnvariants_kernels import functions as fn
 from attnvariants_kernels._triton import jit, tl
-from attnvariants_kernels.hooks import Hooks, log_sum, no_delta, no_stats, no_sweep, peak_and_sum
+from attnvariants_kernels.hooks import (
+    Hooks,
+    inverse,
+    no_delta,
+    no_stats,
+    no_sweep,
+    peak_and_sum,
+    pivot_and_share,
+)
 
 
 def ratio(scores, rows):
@@ -31,25 +39,26 @@ def fused(scores, rows):
 @jit
 def fold(stats, x, unit, keep, cols, n, theta):
     m, l = stats
-    z = x * (unit * fn.LOG2E)
+    c = unit * fn.LOG2E
     # only rows whose scores are all negative need a pivot
-    peak = tl.minimum(tl.maximum(m, tl.max(z, 1)), 0.0)
-    w = fn.softplus2(z, peak[:, None])
-    rescale = tl.exp2(m - peak)
+    peak = tl.minimum(tl.maximum(m, tl.max(x, 1)), 0.0)
+    w = fn.softplus2(x * c, peak[:, None] * c, (x - peak[:, None]) * c)
+    rescale = tl.exp2((m - peak) * c)
     return (peak, l * rescale + tl.sum(w, 1)), w, rescale
 
 
 @jit
 def finish(stats, unit, n, theta):
-    factor, total = log_sum(stats)
-    return factor, (total,)
+    return inverse(stats[1]), pivot_and_share(stats)
 
 
 @jit
 def grad(x, unit, cols, dp, saved, delta, n, theta):
-    z = x * (unit * fn.LOG2E)
-    w = fn.softplus2(z, saved[0])
-    return w, fn.sigmoid2(z, saved[0]) * fn.LOG2E * (dp - delta[0])
+    c = unit * fn.LOG2E
+    past = (x - saved[0]) * c
+    w = fn.softplus2(x * c, saved[0] * c, past) * saved[1]
+    slope = fn.sigmoid2(x * c, saved[0] * c, past) * (fn.LOG2E * saved[1])
+    return w, slope * (dp - delta[0])
 
 
 @jit
@@ -61,8 +70,9 @@ def fold_bounded(stats, x, unit, keep, cols, n, theta):
 
 @jit
 def finish_bounded(stats, unit, n, theta):
-    factor = tl.where(stats[0] > 0, 1.0 / stats[0], 0.0)
-    return factor, (factor,)
+    factor = inverse(stats[0])
+    # as many rows as `finish` saves, whichever of the two a call takes
+    return factor, (factor, factor)
 
 
 @jit
@@ -74,10 +84,13 @@ def grad_bounded(x, unit, cols, dp, saved, delta, n, theta):
     return w * saved[0], slope * (saved[0] * fn.LOG2E) * (dp - delta[0])
 
 
-HOOKS = Hooks(peak_and_sum, no_sweep, fold, finish, grad, no_delta, hides=True, cost=1)
+HOOKS = Hooks(
+    peak_and_sum, no_sweep, fold, finish, grad, no_delta,
+    saves=2, hides=True, scaled=True, cost=1,
+)  # fmt: skip
 BOUNDED = Hooks(
     no_stats, no_sweep, fold_bounded, finish_bounded, grad_bounded, no_delta,
-    rescales=False, hides=True, cost=1,
+    saves=2, rescales=False, hides=True, cost=1,
 )  # fmt: skip
 
 

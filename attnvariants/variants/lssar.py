@@ -23,7 +23,7 @@ from attnvariants.variants._shared import (
 )  # fmt: skip
 from attnvariants_kernels import functions as fn
 from attnvariants_kernels._triton import jit, tl
-from attnvariants_kernels.hooks import Hooks, log_sum
+from attnvariants_kernels.hooks import Hooks, inverse, log_sum
 
 # Keys this many units of rounding above the offset are at it: rows of ties stay empty.
 _TIES = 16
@@ -76,25 +76,25 @@ def start(BLOCK_M: tl.constexpr):
 @jit
 def sweep(stats, x, unit, keep, cols, n, theta, index):
     m, total, peak, mass = stats
-    z = x * (unit * fn.LOG2E)
-    pivot = tl.minimum(tl.maximum(m, tl.max(z, 1)), 0.0)
-    total = total * tl.exp2(m - pivot) + tl.sum(fn.softplus2(z, pivot[:, None]), 1)
+    c = unit * fn.LOG2E
+    pivot = tl.minimum(tl.maximum(m, tl.max(x, 1)), 0.0)
+    total = total * tl.exp2((m - pivot) * c) + tl.sum(pivoted(x, pivot[:, None], c), 1)
     return pivot, total, peak, mass
 
 
 @jit
-def inverse(total):
-    return tl.where(total > 0, 1.0 / total, 0.0)
+def pivoted(x, pivot, c):
+    return fn.softplus2(x * c, pivot * c, (x - pivot) * c)
 
 
 @jit
-def raise_above(z, pivot, share, n, theta):
+def raise_above(x, pivot, c, share, n, theta):
     """relu(n a - o), 0 where the key does not stand out.
 
     The share is 1 / sum, the sum that of the pivoted weights: its logarithm would be too coarse
     for the power.
     """
-    raised = fn.softplus2(z, pivot) * share * n - tl.where(n <= theta[2], 0.0, theta[1])
+    raised = pivoted(x, pivot, c) * share * n - tl.where(n <= theta[2], 0.0, theta[1])
     return tl.where(raised <= theta[3], 0.0, raised)
 
 
@@ -107,8 +107,7 @@ def power(ratio, p):
 @jit
 def fold(stats, x, unit, keep, cols, n, theta):
     m, total, peak, mass = stats
-    z = x * (unit * fn.LOG2E)
-    r = raise_above(z, m[:, None], inverse(total)[:, None], n[:, None], theta)
+    r = raise_above(x, m[:, None], unit * fn.LOG2E, inverse(total)[:, None], n[:, None], theta)
     higher = tl.maximum(peak, tl.max(r, 1))
     e = power(r * inverse(higher)[:, None], theta[0])
     rescale = power(peak * inverse(higher), theta[0])
@@ -123,25 +122,26 @@ def finish(stats, unit, n, theta):
 
 
 @jit
-def sharpened(z, dp, saved, delta0, n, theta):
+def sharpened(x, c, dp, saved, delta0, n, theta):
     """Weights, and the gradient of n a."""
-    r = raise_above(z, saved[0], saved[1], n, theta)
+    r = raise_above(x, saved[0], c, saved[1], n, theta)
     w = power(r * saved[2], theta[0]) * saved[3]
     return w, theta[0] * w / tl.where(r > 0, r, 1.0) * (dp - delta0)
 
 
 @jit
 def delta(x, unit, cols, dp, saved, delta0, n, theta):
-    z = x * (unit * fn.LOG2E)
-    g = sharpened(z, dp, saved, delta0, n, theta)[1]
-    return g * fn.softplus2(z, saved[0]) * saved[1]
+    c = unit * fn.LOG2E
+    g = sharpened(x, c, dp, saved, delta0, n, theta)[1]
+    return g * pivoted(x, saved[0], c) * saved[1]
 
 
 @jit
 def grad(x, unit, cols, dp, saved, delta, n, theta):
-    z = x * (unit * fn.LOG2E)
-    w, g = sharpened(z, dp, saved, delta[0], n, theta)
-    return w, fn.sigmoid2(z, saved[0]) * (fn.LOG2E * n * saved[1]) * (g - delta[1])
+    c = unit * fn.LOG2E
+    w, g = sharpened(x, c, dp, saved, delta[0], n, theta)
+    slope = fn.sigmoid2(x * c, saved[0] * c, (x - saved[0]) * c)
+    return w, slope * (fn.LOG2E * n * saved[1]) * (g - delta[1])
 
 
 @jit
@@ -179,9 +179,9 @@ def fold_bounded(stats, x, unit, keep, cols, n, theta):
 @jit
 def finish_bounded(stats, unit, n, theta):
     total, peak, mass = stats
-    factor, log_mass = log_sum((peak, mass))
+    log_mass = log_sum(peak, mass)
     # as many rows as `finish` saves, whichever of the two a call takes
-    return factor, (total * 0.0, inverse(total), log_mass, log_mass)
+    return inverse(mass), (total * 0.0, inverse(total), log_mass, log_mass)
 
 
 @jit

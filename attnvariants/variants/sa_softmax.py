@@ -23,12 +23,19 @@ from attnvariants_kernels import functions as fn
 from attnvariants_kernels._triton import jit, tl
 from attnvariants_kernels.hooks import (
     Hooks,
+    far,
     finish_exp,
+    finish_exp_fast,
     fold_exp,
-    log_sum,
+    fold_exp_fast,
+    inverse,
     no_delta,
     no_sweep,
+    normalised,
+    normalised_fast,
     peak_and_sum,
+    pivot_and_share,
+    power_of_two,
 )  # fmt: skip
 
 # the authors' constant, kept so that trained models carry over
@@ -64,16 +71,37 @@ def fold_x(stats, x, unit, keep, cols, n, theta):
 
 
 @jit
+def fold_x_fast(stats, x, unit, keep, cols, n, theta):
+    stats, e, rescale = fold_exp_fast(stats, x, unit, keep, cols, n, theta)
+    return stats, x * e, rescale
+
+
+@jit
 def finish_x(stats, unit, n, theta):
     factor, saved = finish_exp(stats, unit, n, theta)
     return factor * unit, saved
 
 
 @jit
-def grad_x(x, unit, cols, dp, saved, delta, n, theta):
-    p = tl.exp2(x * (unit * fn.LOG2E) - saved[0])
+def finish_x_fast(stats, unit, n, theta):
+    factor, saved = finish_exp_fast(stats, unit, n, theta)
+    return factor * unit, saved
+
+
+@jit
+def slope_x(p, x, unit, dp, delta):
     w = p * (x * unit)
     return w, w * dp + p * (dp - delta[0])
+
+
+@jit
+def grad_x(x, unit, cols, dp, saved, delta, n, theta):
+    return slope_x(normalised(x, unit, saved), x, unit, dp, delta)
+
+
+@jit
+def grad_x_fast(x, unit, cols, dp, saved, delta, n, theta):
+    return slope_x(tl.minimum(normalised_fast(x, unit, saved), 1.0), x, unit, dp, delta)
 
 
 @jit
@@ -113,54 +141,53 @@ def width_of(low, high, unit):
 @jit
 def fold(stats, x, unit, keep, cols, n, theta):
     m, l, low, high, low_at, high_at = stats
-    e = tl.exp2(x * (unit * fn.LOG2E) - m[:, None])
-    return stats, (x - low[:, None]) * e, 1.0
+    return stats, (x - low[:, None]) * power_of_two(x, m[:, None], unit), 1.0
 
 
 @jit
 def finish(stats, unit, n, theta):
     m, l, low, high, low_at, high_at = stats
-    factor, lse = log_sum((m, l))
-    width = width_of(low, high, unit)
-    inverse = tl.where(width > 0, 1.0 / width, 0.0)
+    pivot, part = pivot_and_share((m, l))
+    share = inverse(width_of(low, high, unit))
     places = low_at.to(tl.float32, bitcast=True), high_at.to(tl.float32, bitcast=True)
-    return factor * unit * inverse, (lse, low * unit, inverse, places[0], places[1])
+    return inverse(l) * unit * share, (pivot, part, low * unit, share, places[0], places[1])
 
 
 @jit
 def delta(x, unit, cols, dp, saved, delta0, n, theta):
-    return tl.exp2(x * (unit * fn.LOG2E) - saved[0]) * dp
+    return normalised(x, unit, saved) * dp
 
 
 @jit
 def grad_detached(x, unit, cols, dp, saved, delta, n, theta):
-    lse, low, inverse = saved[0], saved[1], saved[2]
-    p = tl.exp2(x * (unit * fn.LOG2E) - lse)
-    y = (x * unit - low) * inverse
-    return p * y, tl.where(inverse > 0, p * ((inverse + y) * dp - delta[0]), 0.0)
+    low, share = saved[2], saved[3]
+    p = normalised(x, unit, saved)
+    y = (x * unit - low) * share
+    return p * y, tl.where(share > 0, p * ((share + y) * dp - delta[0]), 0.0)
 
 
 @jit
 def grad(x, unit, cols, dp, saved, delta, n, theta):
     w, ds = grad_detached(x, unit, cols, dp, saved, delta, n, theta)
-    low_at = saved[3].to(tl.int32, bitcast=True)
-    high_at = saved[4].to(tl.int32, bitcast=True)
-    ds += tl.where(cols == low_at, (delta[0] - delta[1]) * saved[2], 0.0)
-    ds -= tl.where(cols == high_at, delta[0] * saved[2], 0.0)
+    low_at = saved[4].to(tl.int32, bitcast=True)
+    high_at = saved[5].to(tl.int32, bitcast=True)
+    ds += tl.where(cols == low_at, (delta[0] - delta[1]) * saved[3], 0.0)
+    ds -= tl.where(cols == high_at, delta[0] * saved[3], 0.0)
     return w, ds
 
 
-X = Hooks(peak_and_sum, no_sweep, fold_x, finish_x, grad_x, no_delta, proportional=True)
+X = Hooks(peak_and_sum, no_sweep, fold_x, finish_x, grad_x, no_delta, saves=2, scaled=True)
+X_FAST = X._replace(fold=fold_x_fast, finish=finish_x_fast, grad=grad_x_fast)
 DETACHED = Hooks(
     start, sweep, fold, finish, grad_detached, no_delta,
-    saves=5, sweeps=1, rescales=False, proportional=True, wide=True, cost=3,
+    saves=6, sweeps=1, rescales=False, scaled=True, cost=3,
 )  # fmt: skip
 MINMAX0 = DETACHED._replace(grad=grad, delta=delta, delta_sweep=True)
 
 
 def hooks(options, case):
     if options["form"] == "x":
-        return X
+        return X if far(case) else X_FAST
     return DETACHED if options["detach_minmax"] else MINMAX0
 
 

@@ -8,7 +8,7 @@ Source: Vaswani et al., 2017, arXiv:1706.03762.
 
 from attnvariants.registry import Variant
 from attnvariants.variants._shared import LOG2E, exp_fused, exp_ratio
-from attnvariants_kernels.hooks import SOFTMAX
+from attnvariants_kernels.hooks import softmax
 
 
 def ratio(scores, rows):
@@ -26,5 +26,5 @@ VARIANT = Variant(
     fused_unit=LOG2E,
     row_sum="one",
     softmax_scores=True,
-    hooks=SOFTMAX,
+    hooks=softmax,
 )

@@ -14,12 +14,24 @@ from attnvariants.registry import Option, Variant
 from attnvariants.variants._shared import LOG2E
 from attnvariants_kernels import functions as fn
 from attnvariants_kernels._triton import jit, tl
-from attnvariants_kernels.hooks import Hooks, no_delta, no_sweep
+from attnvariants_kernels.hooks import (
+    Hooks,
+    far,
+    log_sum,
+    no_delta,
+    no_sweep,
+    normalised,
+    normalised_fast,
+    power_of_two,
+    power_of_two_fast,
+)
 
 # In units of log 2: up to this score e^s is far from overflow and needs no shift.
 _UNSHIFTED = 40.0
 # Where a row's largest score is above this, e^s - 1 loses nothing that counts to cancellation.
 _CANCELS = 0.7
+# More than the kernels' exponential and 1 are off, so little that s takes over under 0.001.
+_MARGIN = tl.constexpr(2.0**-21)
 
 
 def _expm1(x):
@@ -57,49 +69,74 @@ def start(BLOCK_M: tl.constexpr):
 
 
 @jit
+def above_one(e, x, unit, slope):
+    """(e^s - 1) one to half precision's rounding, where e = e^s one, slope = unit one.
+
+    The difference loses 1e-7 / |s| to cancellation. It is never less than s, which is exact for a
+    small s, and the margin keeps its own rounding from being more.
+    """
+    return tl.maximum(e - slope * ((1.0 + _MARGIN) / unit), x * slope)
+
+
+@jit
 def fold(stats, x, unit, keep, cols, n, theta):
-    # e^s - 1 loses 6e-8 / |s| to cancellation, which rows of scores under 0.01 feel in bfloat16
     m, l = stats
-    c = unit * fn.LOG2E
-    peak = tl.maximum(m, tl.max(x, 1) * c)
-    size = tl.exp2(x * c - peak[:, None]) - tl.exp2(-peak)[:, None]
-    rescale = tl.exp2(m - peak)
+    peak = tl.maximum(m, tl.max(x, 1))
+    e = power_of_two_fast(x, peak[:, None], unit)
+    size = above_one(e, x, unit, unit * tl.exp2(-peak * (unit * fn.LOG2E))[:, None])
+    rescale = power_of_two(m, peak, unit)
     return (peak, l * rescale + tl.sum(tl.abs(size), 1)), tl.maximum(size, 0.0), rescale
 
 
 @jit
 def fold_exact(stats, x, unit, keep, cols, n, theta):
     m, l = stats
-    s = x * unit
-    peak = tl.maximum(m, tl.max(s, 1) * fn.LOG2E)
-    size = -fn.expm1(-tl.abs(s)) * tl.exp2(tl.maximum(s, 0.0) * fn.LOG2E - peak[:, None])
-    rescale = tl.exp2(m - peak)
-    return (peak, l * rescale + tl.sum(size, 1)), tl.where(s > 0, size, 0.0), rescale
+    peak = tl.maximum(m, tl.max(x, 1))
+    size = power_of_two(tl.maximum(x, 0.0), peak[:, None], unit)
+    size = -fn.expm1(-tl.abs(x * unit)) * size
+    rescale = power_of_two(m, peak, unit)
+    return (peak, l * rescale + tl.sum(size, 1)), tl.where(x > 0, size, 0.0), rescale
 
 
 @jit
 def finish(stats, unit, n, theta):
-    m, l = stats
-    return 1.0 / (l + theta[0]), (m + tl.log2(l + theta[0]),)
+    factor = 1.0 / (stats[1] + theta[0])
+    return factor, (stats[0], factor)
+
+
+@jit
+def finish_fast(stats, unit, n, theta):
+    total = stats[1] + theta[0]
+    total_log = log_sum(fn.product(stats[0], unit * fn.LOG2E), total)
+    # as many rows as `finish` saves
+    return 1.0 / total, (total_log, total_log)
+
+
+@jit
+def slope(e, x, dp, delta):
+    return e * tl.where(x > 0, dp - delta[0], tl.where(x < 0, delta[0], 0.0))
 
 
 @jit
 def grad(x, unit, cols, dp, saved, delta, n, theta):
-    e = tl.exp2(x * (unit * fn.LOG2E) - saved[0])
-    w = tl.maximum(e - tl.exp2(-saved[0]), 0.0)
-    return w, e * tl.where(x > 0, dp - delta[0], tl.where(x < 0, delta[0], 0.0))
+    e = normalised_fast(x, unit, saved)
+    # the weight of a score under 0 is that of 0
+    w = above_one(e, tl.maximum(x, 0.0), unit, unit * tl.exp2(-saved[0]))
+    return w, slope(e, x, dp, delta)
 
 
 @jit
 def grad_exact(x, unit, cols, dp, saved, delta, n, theta):
-    s = x * unit
-    e = tl.exp2(s * fn.LOG2E - saved[0])
-    w = tl.where(s > 0, -fn.expm1(-s) * e, 0.0)
-    return w, e * tl.where(x > 0, dp - delta[0], tl.where(x < 0, delta[0], 0.0))
+    e = normalised(x, unit, saved)
+    w = tl.where(x > 0, -fn.expm1(-x * unit) * e, 0.0)
+    return w, slope(e, x, dp, delta)
 
 
-HOOKS = Hooks(start, no_sweep, fold, finish, grad, no_delta, hidden=0.0, hides=True, wide=True)
-EXACT = HOOKS._replace(fold=fold_exact, grad=grad_exact)
+HOOKS = Hooks(
+    start, no_sweep, fold, finish_fast, grad, no_delta,
+    hidden=0.0, saves=2, hides=True, scaled=True, cost=1,
+)  # fmt: skip
+EXACT = HOOKS._replace(fold=fold_exact, finish=finish, grad=grad_exact)
 
 VARIANT = Variant(
     doc=__doc__,
@@ -108,7 +145,7 @@ VARIANT = Variant(
     fused_unit=LOG2E,
     hidden=0.0,
     row_sum="at most one",
-    hooks=lambda options, case: EXACT if case.dtype == "float32" else HOOKS,
+    hooks=lambda options, case: EXACT if far(case) else HOOKS,
     theta=lambda options, case: (options["eps"],),
     options={"eps": Option(1e-6, "added to the scaled denominator", above=0.0)},
 )

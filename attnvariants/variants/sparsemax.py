@@ -96,7 +96,7 @@ def start(BLOCK_M: tl.constexpr):
 @jit
 def fold(stats, x, unit, keep, cols, n, theta):
     m, tau, total, size = stats
-    w = tl.maximum(x * unit - m[:, None] - tau[:, None], 0.0)
+    w = tl.maximum((x - m[:, None]) * unit - tau[:, None], 0.0)
     size += tl.sum((w > tau[:, None] * -_TIE).to(tl.float32), 1)
     return (m, tau, total + tl.sum(w, 1), size), w, m
 
@@ -114,13 +114,13 @@ def finish(stats, unit, n, theta):
 
 @jit
 def delta(x, unit, cols, dp, saved, delta0, n, theta):
-    w = x * unit - saved[0] - saved[1]
+    w = (x - saved[0]) * unit - saved[1]
     return tl.where(w > 0, dp * saved[2], 0.0)
 
 
 @jit
 def grad(x, unit, cols, dp, saved, delta, n, theta):
-    w = tl.maximum(x * unit - saved[0] - saved[1], 0.0)
+    w = tl.maximum((x - saved[0]) * unit - saved[1], 0.0)
     return w, tl.where(w > 0, dp - delta[1], 0.0)
 
 

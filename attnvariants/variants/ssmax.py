@@ -12,7 +12,7 @@ import math
 
 from attnvariants.registry import Option, Variant
 from attnvariants.variants._shared import LOG2E, exp_fused, exp_ratio
-from attnvariants_kernels.hooks import SOFTMAX
+from attnvariants_kernels.hooks import softmax
 
 
 def prepare(query, key, rows, *, s, b):
@@ -42,7 +42,7 @@ VARIANT = Variant(
     row_temperature=True,
     row_sum="one",
     softmax_scores=True,
-    hooks=SOFTMAX,
+    hooks=softmax,
     options={
         "s": Option(1.0, "factor of log n, one per head", learned=True, in_prepare=True),
         "b": Option(0.0, "offset of the temperature, one per head", learned=True, in_prepare=True),

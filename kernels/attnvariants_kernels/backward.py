@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from attnvariants_kernels._triton import cuda_capability_geq, jit, tl
 from attnvariants_kernels.tiles import (
+    add_product,
     dropout_factors,
     edge_place,
     edge_tile,
+    fitted,
     full_place,
     key_span,
     list_of,
@@ -43,7 +45,7 @@ def _delta_tile(
     total, q, g, k_ptr, v_ptr, k_stride, v_stride, n0, m0, n, saved, delta0, scale, theta,
     batch, head, z, at, heads, extra, OPS: tl.constexpr, DIM: tl.constexpr,
     V_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, EDGE: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     M, N, offset = at
     rows = m0 + tl.arange(0, BLOCK_M)[:, None]
@@ -53,7 +55,7 @@ def _delta_tile(
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
     keep = visibility(rows, cols, batch, head, at, extra, False, EDGE)
-    x, unit, _ = shaped_scores(x, scale, rows, cols, batch, head, z, at, keep, extra, OPS, FOLD)
+    x, unit, _ = shaped_scores(x, scale, rows, cols, batch, head, z, at, keep, extra, OPS)
     if extra.dropout is not None:
         line = (batch * heads + head) * M + m0
         dp = dp * dropout_factors(m0, n0, line, N, extra.dropout, BLOCK_M, BLOCK_N)
@@ -70,7 +72,7 @@ def delta_kernel(
     extra, theta, scale, heads, kv_heads, M, N, offset, total_q, plane,
     OPS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Per row d_out . out and, where the variant asks for it, the sum of its delta terms."""
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
@@ -108,24 +110,24 @@ def delta_kernel(
             total = _delta_tile(
                 total, q, g, k_ptr, v_ptr, k_strides[2], v_strides[2], n0, m0, n, saved, delta0,
                 scale, theta, batch, head, z, at, heads, extra, OPS, DIM, V_DIM, BLOCK_DIM,
-                BLOCK_V, BLOCK_M, BLOCK_N, False, FOLD, PRECISION,
+                BLOCK_V, BLOCK_M, BLOCK_N, False, PRECISION,
             )  # fmt: skip
         for tile in tl.range(0, span[4], num_stages=1):
             n0 = edge_place(tile, span, places, BLOCK_N)
             total = _delta_tile(
                 total, q, g, k_ptr, v_ptr, k_strides[2], v_strides[2], n0, m0, n, saved, delta0,
                 scale, theta, batch, head, z, at, heads, extra, OPS, DIM, V_DIM, BLOCK_DIM,
-                BLOCK_V, BLOCK_M, BLOCK_N, True, FOLD, PRECISION,
+                BLOCK_V, BLOCK_M, BLOCK_N, True, PRECISION,
             )  # fmt: skip
         tl.store(delta_ptr + plane + where, total, mask=rows < M)
 
 
 @jit
 def _dq_tile(
-    dq, slope_sum, q, g, k_ptr, v_ptr, dbias_ptr, k_stride, v_stride, n0, m0, n, saved, delta,
+    dq, peak, slope_sum, q, g, k_ptr, v_ptr, dbias_ptr, k_stride, v_stride, n0, m0, n, saved, delta,
     scale, theta, batch, head, z, at, heads, extra, OPS: tl.constexpr, DIM: tl.constexpr,
     V_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, EDGE: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
     SLOPES: tl.constexpr,
 ):  # fmt: skip
     M, N, offset = at
@@ -136,9 +138,7 @@ def _dq_tile(
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
     keep = visibility(rows, cols, batch, head, at, extra, False, EDGE)
-    x, unit, cap_slope = shaped_scores(
-        x, scale, rows, cols, batch, head, z, at, keep, extra, OPS, FOLD
-    )
+    x, unit, cap_slope = shaped_scores(x, scale, rows, cols, batch, head, z, at, keep, extra, OPS)
     if extra.dropout is not None:
         line = (batch * heads + head) * M + m0
         dp = dp * dropout_factors(m0, n0, line, N, extra.dropout, BLOCK_M, BLOCK_N)
@@ -152,11 +152,8 @@ def _dq_tile(
         slope_sum -= tl.sum(ds * tl.abs(rows + offset - cols).to(tl.float32), 1)
     if extra.softcap is not None:
         ds = ds * cap_slope
-    if OPS.wide and k.dtype == tl.float16:
-        dq = tl.dot(ds, k.to(tl.float32), dq, input_precision="tf32")
-    else:
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    return dq, slope_sum
+    dq, peak = add_product(dq, peak, ds, k, 1.0, False, True, PRECISION)
+    return dq, peak, slope_sum
 
 
 @jit(do_not_specialize=["heads", "kv_heads", "M", "N", "offset", "total_q", "plane"])
@@ -166,7 +163,7 @@ def dq_kernel(
     extra, theta, scale, heads, kv_heads, M, N, offset, total_q, plane,
     OPS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the query, and of bias and slopes where wanted (pointers that are not None)."""
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
@@ -201,22 +198,25 @@ def dq_kernel(
     places = list_of(m0 // BLOCK_M, head, z, extra)
     span = listed(span, m0 // BLOCK_M, head, z, extra, BLOCK_N)
     dq = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
+    peak = tl.zeros([BLOCK_M], tl.float32)
     slope_sum = tl.zeros([BLOCK_M], tl.float32)
     for tile in tl.range(span[1], span[2], BLOCK_N):
         n0 = full_place(tile, places, BLOCK_N)
-        dq, slope_sum = _dq_tile(
-            dq, slope_sum, q, g, k_ptr, v_ptr, dbias_ptr, k_strides[2], v_strides[2], n0, m0, n,
+        dq, peak, slope_sum = _dq_tile(
+            dq, peak, slope_sum, q, g, k_ptr, v_ptr, dbias_ptr, k_strides[2], v_strides[2], n0,
+            m0, n,
             saved, delta, scale, theta, batch, head, z, at, heads, extra, OPS, DIM, V_DIM,
-            BLOCK_DIM, BLOCK_V, BLOCK_M, BLOCK_N, False, FOLD, PRECISION, SLOPES,
+            BLOCK_DIM, BLOCK_V, BLOCK_M, BLOCK_N, False, PRECISION, SLOPES,
         )  # fmt: skip
     for tile in tl.range(0, span[4], num_stages=1 if cuda_capability_geq(9) else None):
         n0 = edge_place(tile, span, places, BLOCK_N)
-        dq, slope_sum = _dq_tile(
-            dq, slope_sum, q, g, k_ptr, v_ptr, dbias_ptr, k_strides[2], v_strides[2], n0, m0, n,
+        dq, peak, slope_sum = _dq_tile(
+            dq, peak, slope_sum, q, g, k_ptr, v_ptr, dbias_ptr, k_strides[2], v_strides[2], n0,
+            m0, n,
             saved, delta, scale, theta, batch, head, z, at, heads, extra, OPS, DIM, V_DIM,
-            BLOCK_DIM, BLOCK_V, BLOCK_M, BLOCK_N, True, FOLD, PRECISION, SLOPES,
+            BLOCK_DIM, BLOCK_V, BLOCK_M, BLOCK_N, True, PRECISION, SLOPES,
         )  # fmt: skip
-    dq = dq * scale
+    dq = fitted(dq, peak, k_ptr.dtype.element_ty, True) * scale
     column = tl.arange(0, BLOCK_DIM)[None, :]
     target = dq_ptr + tl.cast(m0, tl.int64) * dq_strides[2]
     target = target + tl.arange(0, BLOCK_M)[:, None] * dq_strides[2] + column
@@ -227,10 +227,11 @@ def dq_kernel(
 
 @jit
 def _dkv_tile(
-    dk, dv, k, v, q_ptr, grad_ptr, saved_ptr, delta_ptr, q_strides, grad_strides, m0, n0, scale,
+    dk, dv, peaks, k, v, q_ptr, grad_ptr, saved_ptr, delta_ptr, q_strides, grad_strides, m0, n0,
+    scale,
     theta, batch, head, z, first_q, total_q, plane, at, heads, extra, OPS: tl.constexpr,
     DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, FOLD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     M, N, offset = at
@@ -256,9 +257,7 @@ def _dkv_tile(
     line = (batch * heads + head) * M + m0
     rows = rows[None, :]
     keep = visibility(rows, cols, batch, head, at, extra, True, EDGE)
-    x, unit, cap_slope = shaped_scores(
-        x, scale, rows, cols, batch, head, z, at, keep, extra, OPS, FOLD
-    )
+    x, unit, cap_slope = shaped_scores(x, scale, rows, cols, batch, head, z, at, keep, extra, OPS)
     if extra.dropout is not None:
         factors = tl.trans(dropout_factors(m0, n0, line, N, extra.dropout, BLOCK_M, BLOCK_N))
         dp = dp * factors
@@ -270,12 +269,10 @@ def _dkv_tile(
         ds = tl.where(keep, ds, 0.0)
     if extra.softcap is not None:
         ds = ds * cap_slope
-    if OPS.wide and q.dtype == tl.float16:
-        dk = tl.dot(ds, q.to(tl.float32), dk, input_precision="tf32")
-    else:
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    dv = tl.dot(w.to(g.dtype), g, dv, input_precision=PRECISION)
-    return dk, dv
+    dk_peak, dv_peak = peaks
+    dk, dk_peak = add_product(dk, dk_peak, ds, q, 1.0, False, True, PRECISION)
+    dv, dv_peak = add_product(dv, dv_peak, w, g, 1.0, False, OPS.scaled, PRECISION)
+    return dk, dv, (dk_peak, dv_peak)
 
 
 @jit
@@ -301,7 +298,7 @@ def dkv_kernel(
     extra, theta, scale, heads, kv_heads, M, N, offset, total_q, plane,
     OPS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of key and value of one block of keys, summed over the query heads of its group.
 
@@ -323,6 +320,7 @@ def dkv_kernel(
     v = load_tile(v_ptr, n0, v_strides[2], N, V_DIM, BLOCK_N, BLOCK_V, True)
     dk = tl.zeros([BLOCK_N, BLOCK_DIM], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    peaks = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     span = row_span(n0, M, N, offset, extra, BLOCK_M, BLOCK_N)
     places = list_of(tl.program_id(0), kv_head, z, extra)
     span = listed(span, tl.program_id(0), kv_head, z, extra, BLOCK_M)
@@ -335,10 +333,11 @@ def dkv_kernel(
     for i in tl.range(rounds * ((edge - full) // BLOCK_M), disable_licm=cuda_capability_geq(9)):
         if places is not None:
             m0, head = _listed_tile(places + i, M, first_head, BLOCK_M)
-        dk, dv = _dkv_tile(
-            dk, dv, k, v, q_ptr, grad_ptr, saved_ptr, delta_ptr, q_strides, grad_strides, m0, n0,
+        dk, dv, peaks = _dkv_tile(
+            dk, dv, peaks, k, v, q_ptr, grad_ptr, saved_ptr, delta_ptr, q_strides, grad_strides,
+            m0, n0,
             scale, theta, batch, head, z, first_q, total_q, plane, at, heads, extra, OPS, DIM,
-            V_DIM, BLOCK_DIM, BLOCK_V, BLOCK_M, BLOCK_N, False, FOLD, PRECISION,
+            V_DIM, BLOCK_DIM, BLOCK_V, BLOCK_M, BLOCK_N, False, PRECISION,
         )  # fmt: skip
         if places is None:
             m0, head = _next_tile(m0, head, full, edge, BLOCK_M)
@@ -348,16 +347,18 @@ def dkv_kernel(
             m0 = edge_tile(tile, start, edge, before, BLOCK_M)
         else:
             m0, head = _listed_tile(places + edge // BLOCK_M + i, M, first_head, BLOCK_M)
-        dk, dv = _dkv_tile(
-            dk, dv, k, v, q_ptr, grad_ptr, saved_ptr, delta_ptr, q_strides, grad_strides, m0, n0,
+        dk, dv, peaks = _dkv_tile(
+            dk, dv, peaks, k, v, q_ptr, grad_ptr, saved_ptr, delta_ptr, q_strides, grad_strides,
+            m0, n0,
             scale, theta, batch, head, z, first_q, total_q, plane, at, heads, extra, OPS, DIM,
-            V_DIM, BLOCK_DIM, BLOCK_V, BLOCK_M, BLOCK_N, True, FOLD, PRECISION,
+            V_DIM, BLOCK_DIM, BLOCK_V, BLOCK_M, BLOCK_N, True, PRECISION,
         )  # fmt: skip
         if places is None:
             tile, head = _next_tile(tile, head, 0, edges, 1)
     dk_ptr += batch * dk_strides[0] + kv_head * dk_strides[1] + first_k * dk_strides[2]
     dv_ptr += batch * dv_strides[0] + kv_head * dv_strides[1] + first_k * dv_strides[2]
-    dk = dk * scale
+    dk = fitted(dk, peaks[0], q_ptr.dtype.element_ty, True) * scale
+    dv = fitted(dv, peaks[1], grad_ptr.dtype.element_ty, OPS.scaled)
     seen = (n0 + tl.arange(0, BLOCK_N))[:, None] < N
     line = tl.arange(0, BLOCK_N)[:, None]
     column = tl.arange(0, BLOCK_DIM)[None, :]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from attnvariants_kernels._triton import cuda_capability_geq, jit, tl
 from attnvariants_kernels.tiles import (
+    add_product,
     dropout_factors,
     edge_place,
     edge_tile,
+    fitted,
     full_place,
     key_span,
     list_of,
@@ -14,6 +16,7 @@ from attnvariants_kernels.tiles import (
     load_tile,
     sequence,
     shaped_scores,
+    unit_of,
     visibility,
     visible_keys,
 )
@@ -24,7 +27,7 @@ def _sweep_tile(
     stats, q, k_ptr, k_stride, n0, m0, n, scale, theta, index, batch, head, z, at, extra,
     OPS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
-    FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     M, N, offset = at
     rows = m0 + tl.arange(0, BLOCK_M)[:, None]
@@ -32,16 +35,17 @@ def _sweep_tile(
     k = load_tile(k_ptr, n0, k_stride, N, DIM, BLOCK_N, BLOCK_DIM, EDGE)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     keep = visibility(rows, cols, batch, head, at, extra, False, EDGE)
-    x, unit, _ = shaped_scores(x, scale, rows, cols, batch, head, z, at, keep, extra, OPS, FOLD)
+    x, unit, _ = shaped_scores(x, scale, rows, cols, batch, head, z, at, keep, extra, OPS)
     return OPS.sweep(stats, x, unit, keep, cols, n, theta, index)
 
 
 @jit
 def _fold_tile(
-    stats, acc, q, k_ptr, v_ptr, k_stride, v_stride, n0, m0, n, scale, theta, batch, head, z, at,
+    stats, acc, peak, q, k_ptr, v_ptr, k_stride, v_stride, n0, m0, n, scale, theta, batch, head,
+    z, at,
     heads, extra, OPS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, EDGE: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     M, N, offset = at
     rows = m0 + tl.arange(0, BLOCK_M)[:, None]
@@ -50,17 +54,15 @@ def _fold_tile(
     v = load_tile(v_ptr, n0, v_stride, N, V_DIM, BLOCK_N, BLOCK_V, EDGE)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     keep = visibility(rows, cols, batch, head, at, extra, False, EDGE)
-    x, unit, _ = shaped_scores(x, scale, rows, cols, batch, head, z, at, keep, extra, OPS, FOLD)
+    x, unit, _ = shaped_scores(x, scale, rows, cols, batch, head, z, at, keep, extra, OPS)
     stats, w, rescale = OPS.fold(stats, x, unit, keep, cols, n, theta)
     if keep is not None and not OPS.hides:
         w = tl.where(keep, w, 0.0)
     if extra.dropout is not None:
         line = (batch * heads + head) * M + m0
         w = w * dropout_factors(m0, n0, line, N, extra.dropout, BLOCK_M, BLOCK_N)
-    if OPS.rescales:
-        acc = acc * rescale[:, None]
-    acc = tl.dot(w.to(v.dtype), v, acc, input_precision=PRECISION)
-    return stats, acc
+    acc, peak = add_product(acc, peak, w, v, rescale, OPS.rescales, OPS.scaled, PRECISION)
+    return stats, acc, peak
 
 
 @jit(do_not_specialize=["heads", "kv_heads", "M", "N", "offset", "total_q", "plane"])
@@ -69,7 +71,7 @@ def forward_kernel(
     extra, theta, scale, heads, kv_heads, M, N, offset, total_q, plane,
     OPS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and saved rows of one block of rows of one head.
 
@@ -105,42 +107,38 @@ def forward_kernel(
             for n0 in tl.range(full, edge, BLOCK_N):
                 stats = _sweep_tile(
                     stats, q, k_ptr, k_strides[2], n0, m0, n, scale, theta, sweep, batch, head,
-                    z, at, extra, OPS, DIM, BLOCK_DIM, BLOCK_M, BLOCK_N, False, FOLD, PRECISION,
+                    z, at, extra, OPS, DIM, BLOCK_DIM, BLOCK_M, BLOCK_N, False, PRECISION,
                 )  # fmt: skip
             for tile in tl.range(0, edges, num_stages=1):
                 n0 = edge_tile(tile, start, edge, before, BLOCK_N)
                 stats = _sweep_tile(
                     stats, q, k_ptr, k_strides[2], n0, m0, n, scale, theta, sweep, batch, head,
-                    z, at, extra, OPS, DIM, BLOCK_DIM, BLOCK_M, BLOCK_N, True, FOLD, PRECISION,
+                    z, at, extra, OPS, DIM, BLOCK_DIM, BLOCK_M, BLOCK_N, True, PRECISION,
                 )  # fmt: skip
 
     span = start, full, edge, before, edges
     places = list_of(m0 // BLOCK_M, head, z, extra)
     span = listed(span, m0 // BLOCK_M, head, z, extra, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    peak = tl.zeros([BLOCK_M], tl.float32)
     for tile in tl.range(span[1], span[2], BLOCK_N):
         n0 = full_place(tile, places, BLOCK_N)
-        stats, acc = _fold_tile(
-            stats, acc, q, k_ptr, v_ptr, k_strides[2], v_strides[2], n0, m0, n, scale, theta,
+        stats, acc, peak = _fold_tile(
+            stats, acc, peak, q, k_ptr, v_ptr, k_strides[2], v_strides[2], n0, m0, n, scale, theta,
             batch, head, z, at, heads, extra, OPS, DIM, V_DIM, BLOCK_DIM, BLOCK_V, BLOCK_M,
-            BLOCK_N, False, FOLD, PRECISION,
+            BLOCK_N, False, PRECISION,
         )  # fmt: skip
     # pipelined on Hopper, its registers would be the loop above's spills
     for tile in tl.range(0, span[4], num_stages=1 if cuda_capability_geq(9) else None):
         n0 = edge_place(tile, span, places, BLOCK_N)
-        stats, acc = _fold_tile(
-            stats, acc, q, k_ptr, v_ptr, k_strides[2], v_strides[2], n0, m0, n, scale, theta,
+        stats, acc, peak = _fold_tile(
+            stats, acc, peak, q, k_ptr, v_ptr, k_strides[2], v_strides[2], n0, m0, n, scale, theta,
             batch, head, z, at, heads, extra, OPS, DIM, V_DIM, BLOCK_DIM, BLOCK_V, BLOCK_M,
-            BLOCK_N, True, FOLD, PRECISION,
+            BLOCK_N, True, PRECISION,
         )  # fmt: skip
 
-    unit = scale
-    if (extra.softcap is not None) or (extra.bias is not None) or (extra.slopes is not None):
-        unit = 1.0
-    if not FOLD:
-        unit = 1.0
-    factor, saved = OPS.finish(stats, unit, n, theta)
-    acc = acc * factor[:, None]
+    factor, saved = OPS.finish(stats, unit_of(scale, extra), n, theta)
+    acc = fitted(acc, peak, v_ptr.dtype.element_ty, OPS.scaled) * factor[:, None]
     width = tl.arange(0, BLOCK_V)[None, :]
     where = (
         out_ptr

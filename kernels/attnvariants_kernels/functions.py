@@ -24,6 +24,16 @@ def log2_approx(x):
 
 
 @jit
+def product(x, y):
+    """x y, rounded before anything is added to it: what its own rounding is taken off is 0."""
+    if _HARDWARE and is_cuda():
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return x * y
+
+
+@jit
 def expm1(x):
     """e^x - 1 to float32 rounding, x <= 88."""
     y = 1.0 / 40320 * x + 1.0 / 5040
@@ -59,10 +69,13 @@ def tanh(x):
 
 
 @jit
-def softplus2(z, pivot):
-    """log2(1 + 2^z) 2^-pivot to float32 rounding, for any pivot >= z - 120 or so."""
+def softplus2(z, pivot, past):
+    """log2(1 + 2^z) 2^-pivot to float32 rounding, for any pivot >= z - 120 or so.
+
+    `past` is z - pivot, which the caller can have with more digits.
+    """
     body = tl.maximum(z, 0.0) + log2_1p(tl.exp2(-tl.abs(z)))
-    return tl.where(z < _TAIL, tl.exp2(z - pivot) * LOG2E, body * tl.exp2(-pivot))
+    return tl.where(z < _TAIL, tl.exp2(past) * LOG2E, body * tl.exp2(-pivot))
 
 
 @jit
@@ -73,11 +86,11 @@ def softplus2_half(z):
 
 
 @jit
-def sigmoid2(z, pivot):
+def sigmoid2(z, pivot, past):
     """2^-pivot / (1 + 2^-z), likewise."""
     e = tl.exp2(-tl.abs(z))
     body = tl.where(z >= 0, 1.0, e) / (1.0 + e)
-    return tl.where(z < _TAIL, tl.exp2(z - pivot), body * tl.exp2(-pivot))
+    return tl.where(z < _TAIL, tl.exp2(past), body * tl.exp2(-pivot))
 
 
 @jit

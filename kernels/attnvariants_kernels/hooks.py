@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from attnvariants_kernels._triton import jit, tl
-from attnvariants_kernels.functions import LOG2E, LOWEST
+from attnvariants_kernels.functions import LOG2E, LOWEST, product
+
+# Of |s| log2 e, where half a unit of float32 is 4: float16 holds the factor 2^4.
+_HUGE = tl.constexpr(2.0**26)
 
 
 class Case(NamedTuple):
@@ -65,9 +68,8 @@ class Hooks(NamedTuple):
         delta_sweep: whether `delta` is summed.
         hides: weights and ds come out as 0 where x = `hidden`, so that the template need not see
             to it.
-        proportional: weights grow with x, so float16 needs x = s.
-        wide: ds can leave float16's range where its products do not: they are taken in TF32, whose
-            digits are as many.
+        scaled: weights, of `fold` or of `grad`, may be far from 1 in all of a row: see
+            `attnvariants_kernels.tiles.add_product`. Score gradients always may.
         listed: the stats begin with each row's maximum and threshold, which
             `attnvariants_kernels.threshold` finds beforehand and saves, and only the tiles that it
             lists are visited; `start` gives the rest of the stats. `saved` begins with those two
@@ -90,8 +92,7 @@ class Hooks(NamedTuple):
     needs_delta: bool = True
     delta_sweep: bool = False
     hides: bool = False
-    proportional: bool = False
-    wide: bool = False
+    scaled: bool = False
     listed: bool = False
     cost: int = 0
 
@@ -115,7 +116,7 @@ def no_delta(x, unit, cols, dp, saved, delta0, n, theta):
 
 @jit
 def peak_and_sum(BLOCK_M: tl.constexpr):
-    """Stats (running maximum of the scores in units of log 2, running sum)."""
+    """Stats (running maximum of x, running sum)."""
     return tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
 
 
@@ -126,45 +127,136 @@ def no_stats(BLOCK_M: tl.constexpr):
 
 
 @jit
-def log_sum(stats):
-    """(1 / sum, log2 of the whole sum) of `peak_and_sum`; (0, huge) for rows without weight."""
+def power_of_two(x, peak, unit):
+    """2^((x - peak) unit log2 e), x <= peak.
+
+    The difference comes first: it is exact where x is near its maximum, however large both are.
+    """
+    return tl.exp2((x - peak) * (unit * LOG2E))
+
+
+@jit
+def power_of_two_fast(x, peak, unit):
+    """The same in one FMA an element, whose pivot is a rounded product.
+
+    That is a factor of the row, which its sum takes off. Only where it could leave float16's range,
+    and neighbours of a float32 are far more apart than weights can be, the product is made exact by
+    a multiplier that is a power of two.
+    """
+    rate = peak * 0.0 + unit * LOG2E
+    huge = tl.abs(peak) * rate > _HUGE
+    whole = (rate.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    rate = tl.where(huge, tl.minimum(whole, 1.0), rate)
+    return tl.exp2(x * rate - peak * rate)
+
+
+@jit
+def inverse(total):
+    """1 / total, 0 where that is 0."""
+    return tl.where(total > 0, 1.0 / total, 0.0)
+
+
+@jit
+def pivot_and_share(stats):
+    """(pivot, 1 / sum) of (peak, sum): (0, 0) for rows without weight."""
+    return tl.where(stats[1] > 0, stats[0], 0.0), inverse(stats[1])
+
+
+@jit
+def log_sum(pivot, total):
+    """pivot + log2 total; huge where that is 0."""
+    some = total > 0
+    return tl.where(some, pivot + tl.log2(tl.where(some, total, 1.0)), -LOWEST)
+
+
+@jit
+def _fold(stats, x, unit, POWER: tl.constexpr):
     m, l = stats
-    some = l > 0
-    l = tl.where(some, l, 1.0)
-    return tl.where(some, 1.0 / l, 0.0), tl.where(some, m + tl.log2(l), -LOWEST)
+    peak = tl.maximum(m, tl.max(x, 1))
+    e = POWER(x, peak[:, None], unit)
+    rescale = power_of_two(m, peak, unit)
+    return (peak, l * rescale + tl.sum(e, 1)), e, rescale
 
 
 @jit
 def fold_exp(stats, x, unit, keep, cols, n, theta):
     """e^{s - m}, m the running maximum."""
-    m, l = stats
-    c = unit * LOG2E
-    peak = tl.maximum(m, tl.max(x, 1) * c)
-    e = tl.exp2(x * c - peak[:, None])
-    rescale = tl.exp2(m - peak)
-    return (peak, l * rescale + tl.sum(e, 1)), e, rescale
+    return _fold(stats, x, unit, power_of_two)
+
+
+@jit
+def fold_exp_fast(stats, x, unit, keep, cols, n, theta):
+    """The same by `power_of_two_fast`."""
+    return _fold(stats, x, unit, power_of_two_fast)
 
 
 @jit
 def finish_exp(stats, unit, n, theta):
-    """1 / sum; saves log2 of the sum."""
-    factor, lse = log_sum(stats)
-    return factor, (lse,)
+    """1 / sum; saves the maximum and 1 / sum."""
+    return inverse(stats[1]), pivot_and_share(stats)
+
+
+@jit
+def normalised(x, unit, saved):
+    """e^{s - m} / sum of what `finish_exp` saved."""
+    # the backward's own product may round to more than the forward's maximum
+    return tl.exp2(tl.minimum((x - saved[0]) * (unit * LOG2E), 0.0)) * saved[1]
+
+
+@jit
+def finish_exp_fast(stats, unit, n, theta):
+    """1 / sum; saves log2 of the whole sum."""
+    lse = log_sum(product(stats[0], unit * LOG2E), stats[1])
+    # as many rows as `finish_exp` saves
+    return inverse(stats[1]), (lse, lse)
+
+
+@jit
+def normalised_fast(x, unit, saved):
+    """e^{s - m} / sum of what `finish_exp_fast` saved, in one row value.
+
+    Where float32 numbers near s are further apart than the logarithm of the sum, from 1e6 or so on,
+    the sum is lost: several keys of exactly the largest score get a weight of 1 each.
+    """
+    return tl.exp2(product(x, unit * LOG2E) - saved[0])
+
+
+@jit
+def grad_exp_fast(x, unit, cols, dp, saved, delta, n, theta):
+    """As `grad_exp`."""
+    w = tl.minimum(normalised_fast(x, unit, saved), 1.0)
+    return w, w * (dp - delta[0])
 
 
 @jit
 def grad_exp(x, unit, cols, dp, saved, delta, n, theta):
-    """w = e^{s - lse}, ds = w (dp - delta)."""
-    w = tl.exp2(x * (unit * LOG2E) - saved[0])
+    """w = e^{s - m} / sum, ds = w (dp - delta)."""
+    w = normalised(x, unit, saved)
     return w, w * (dp - delta[0])
 
 
-SOFTMAX = Hooks(
+def far(case: Case) -> bool:
+    """Whether scores may be far from 0 in a whole row, and as exact as their differences.
+
+    Then an exponent is a difference first: float32's digits, or a bias as large as a mask's, would
+    not survive the multiplication by log2 e.
+    """
+    return case.dtype == "float32" or case.shaped
+
+
+_SOFTMAX = Hooks(
     start=peak_and_sum,
     sweep=no_sweep,
     fold=fold_exp,
     finish=finish_exp,
     grad=grad_exp,
     delta=no_delta,
+    saves=2,
     hides=True,
 )
+_SOFTMAX_FAST = _SOFTMAX._replace(fold=fold_exp_fast, finish=finish_exp_fast, grad=grad_exp_fast)
+
+
+def softmax(options: Any, case: Case) -> Hooks:
+    """The hooks of softmax, as a variant's `hooks`."""
+    return _SOFTMAX if far(case) else _SOFTMAX_FAST

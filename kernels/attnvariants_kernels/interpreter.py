@@ -1,4 +1,4 @@
-"""A true bfloat16 in Triton's interpreter, for the launches of this package alone."""
+"""A true bfloat16 and products in Triton's interpreter, for the launches of this package alone."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ _one_at_a_time = RLock()
 
 
 @contextmanager
-def true_bfloat16() -> Iterator[None]:
+def as_on_a_gpu() -> Iterator[None]:
     """Round to the nearest bfloat16 and multiply values, as a GPU does, while inside.
 
     Triton's interpreter holds bfloat16 as 16 bits of an integer: it truncates to them, and a
-    product is that of the bits.
+    product is that of the bits. Its sums of products depend on which operand comes first, so that
+    a backward would not find the scores of its forward: here they are rounded once.
     """
+    import numpy
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -33,12 +35,15 @@ def true_bfloat16() -> Iterator[None]:
             values = torch.from_numpy(source.data.copy()).bfloat16()
             return TensorHandle(values.view(torch.uint16).numpy(), tl.bfloat16)
 
-        def widened(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        def summed(self: Any, a: Any, b: Any, acc: Any, *rest: Any) -> Any:
+            if acc.dtype.scalar != tl.float32:
+                return dot(self, a, b, acc, *rest)
             if tl.bfloat16 in (a.dtype.scalar, b.dtype.scalar):
                 a, b = (cast(self, x, tl.float32) for x in (a, b))
-            return dot(self, a, b, *rest)
+            found = numpy.matmul(a.data, b.data, dtype=numpy.float64) + acc.data
+            return TensorHandle(found.astype(numpy.float32), tl.float32)
 
-        builder.cast_impl, builder.create_dot = rounded, widened
+        builder.cast_impl, builder.create_dot = rounded, summed
         try:
             yield
         finally:

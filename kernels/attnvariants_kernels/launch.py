@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from attnvariants_kernels._triton import INTERPRETED, triton
-from attnvariants_kernels.interpreter import true_bfloat16
+from attnvariants_kernels.interpreter import as_on_a_gpu
 
 # Token strides up to this one keep the offsets inside a tile, of 128 rows at most, in 32 bits.
 _WIDEST_STRIDE = 2**24
@@ -64,7 +64,7 @@ class Launch:
     def run(self) -> None:
         """Launch it; an empty grid does nothing."""
         if all(self.grid):
-            with true_bfloat16() if INTERPRETED else self._on_device():
+            with as_on_a_gpu() if INTERPRETED else self._on_device():
                 self.kernel[self.grid](**self.arguments, **self.constants, **self._compile_options)
 
     def _on_device(self) -> AbstractContextManager[Any]:

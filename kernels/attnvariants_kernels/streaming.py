@@ -149,7 +149,6 @@ def _constants(q: Tensor, v: Tensor, hooks: Hooks, call: Call, config: Config) -
         "BLOCK_V": max(16, triton.next_power_of_2(v.shape[3])),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "FOLD": not (hooks.proportional and q.dtype == torch.float16),
         "PRECISION": call.precision if q.dtype == torch.float32 else "ieee",
     }
 
@@ -364,7 +363,12 @@ def configs(
     """The configurations to try for a kernel, the best first."""
     width = max(q.shape[3], v.shape[3])
     size = q.element_size()
-    return tuning.configs(kernel, architecture, width, size, rows, keys, hooks.cost)
+    return tuning.configs(kernel, architecture, width, size, rows, keys, _cost(hooks, q))
+
+
+def _cost(hooks: Hooks, q: Tensor) -> int:
+    """What float16 keeps of each row, see `tiles.add_product`, comes on top of the variant's."""
+    return min(hooks.cost + (q.dtype == torch.float16), max(tuning.COSTS))
 
 
 # the first configuration that fitted, by all that decides it
@@ -379,8 +383,9 @@ def _run(
     lengths = sizes.max_q, sizes.max_k
     candidates = configs(kernel, sizes.architecture, q, v, hooks, *lengths)
     if tuning.autotunes() and not INTERPRETED:
-        kind = tuning.kind_of(*about, q.dtype, *lengths, hooks.cost)
-        others = tuning.alternatives(*about, q.element_size(), *lengths, hooks.cost)
+        cost = _cost(hooks, q)
+        kind = tuning.kind_of(*about, q.dtype, *lengths, cost)
+        others = tuning.alternatives(*about, q.element_size(), *lengths, cost)
         best = tuning.choose(kind, others, plan)
         candidates = tuple(dict.fromkeys([best, *candidates]))
     key = candidates, hooks

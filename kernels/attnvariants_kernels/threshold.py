@@ -22,6 +22,7 @@ from attnvariants_kernels.tiles import (
     row_span,
     sequence,
     shaped_scores,
+    unit_of,
     visibility,
 )
 
@@ -43,7 +44,7 @@ def _bits_each(m0, M, N, TALL: tl.constexpr, WIDE: tl.constexpr):
 def _scores(
     q, k_ptr, k_stride, n0, m0, scale, batch, head, z, at, extra, OPS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EDGE: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     M, N, offset = at
     rows = m0 + tl.arange(0, BLOCK_M)[:, None]
@@ -51,7 +52,7 @@ def _scores(
     k = load_tile(k_ptr, n0, k_stride, N, DIM, BLOCK_N, BLOCK_DIM, EDGE)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     keep = visibility(rows, cols, batch, head, at, extra, False, EDGE)
-    x, unit, _ = shaped_scores(x, scale, rows, cols, batch, head, z, at, keep, extra, OPS, FOLD)
+    x, unit, _ = shaped_scores(x, scale, rows, cols, batch, head, z, at, keep, extra, OPS)
     return x, unit
 
 
@@ -59,22 +60,23 @@ def _scores(
 def _bound_tile(
     stats, kept, list_ptr, q, k_ptr, k_stride, n0, m0, scale, batch, head, z, at, extra,
     OPS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, EDGE: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     m, bound, total, size, sums = stats
     x, unit = _scores(
         q, k_ptr, k_stride, n0, m0, scale, batch, head, z, at, extra, OPS, DIM, BLOCK_DIM,
-        BLOCK_M, BLOCK_N, EDGE, FOLD, PRECISION,
+        BLOCK_M, BLOCK_N, EDGE, PRECISION,
     )  # fmt: skip
     # maxima skip NaN, a sum does not
     sums += tl.sum(x, 1)
-    peak = tl.max(x, 1) * unit
+    peak = tl.max(x, 1)
     m = tl.maximum(m, peak)
-    bound = tl.maximum(bound, m - 1.0)
+    peak *= unit
+    bound = tl.maximum(bound, m * unit - 1.0)
     over = peak >= bound
     total += tl.where(over, peak, 0.0)
     size += over.to(tl.float32)
-    least = (total - 1.0) / tl.maximum(size, 1.0) - tl.abs(m) * _SLACK
+    least = (total - 1.0) / tl.maximum(size, 1.0) - tl.abs(m * unit) * _SLACK
     bound = tl.where(size > 0, tl.maximum(bound, least), bound)
     tl.store(list_ptr, n0)
     found = tl.max((peak >= bound).to(tl.int32), 0)
@@ -85,15 +87,16 @@ def _bound_tile(
 def _newton_tile(
     stats, kept, list_ptr, m, tau, kept_ptr, q, k_ptr, k_stride, n0, m0, scale, batch, head, z, at,
     extra, OPS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, FOLD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
     PRECISION: tl.constexpr, KEEP: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     total, size, least, stored = stats
     x, unit = _scores(
         q, k_ptr, k_stride, n0, m0, scale, batch, head, z, at, extra, OPS, DIM, BLOCK_DIM,
-        BLOCK_M, BLOCK_N, EDGE, FOLD, PRECISION,
+        BLOCK_M, BLOCK_N, EDGE, PRECISION,
     )  # fmt: skip
-    y = x * unit - m[:, None]
+    # a difference first, which is exact where it counts
+    y = (x - m[:, None]) * unit
     w = y - tau[:, None]
     inside = w > 0
     total += tl.sum(tl.maximum(w, 0.0), 1)
@@ -150,7 +153,7 @@ def solve_kernel(
     q_ptr, k_ptr, saved_ptr, kept_ptr, places_ptr, sweeps_ptr, q_strides, k_strides,
     extra, scale, heads, kv_heads, M, N, offset, total_q, plane, width,
     OPS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
     MOST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Maxima, thresholds and active tiles of one block of rows of one head.
@@ -187,18 +190,21 @@ def solve_kernel(
         n0 = edge_tile(tile, start, edge, before, BLOCK_N)
         stats, listed_edges = _bound_tile(
             stats, listed_edges, borders - listed_edges, q, k_ptr, k_strides[2], n0, m0, scale,
-            batch, head, z, at, extra, OPS, DIM, BLOCK_DIM, BLOCK_M, BLOCK_N, True, FOLD,
+            batch, head, z, at, extra, OPS, DIM, BLOCK_DIM, BLOCK_M, BLOCK_N, True,
             PRECISION,
         )  # fmt: skip
     listed = M * 0
     for n0 in tl.range(full, edge, BLOCK_N):
         stats, listed = _bound_tile(
             stats, listed, fulls + listed, q, k_ptr, k_strides[2], n0, m0, scale, batch, head, z,
-            at, extra, OPS, DIM, BLOCK_DIM, BLOCK_M, BLOCK_N, False, FOLD, PRECISION,
+            at, extra, OPS, DIM, BLOCK_DIM, BLOCK_M, BLOCK_N, False, PRECISION,
         )  # fmt: skip
 
     m = tl.where(rows < M, stats[0], -LOWEST)
-    tau = tl.maximum(tl.minimum(stats[1] - m, 0.0), -1.0)
+    largest = m * unit_of(scale, extra)
+    # from below, however coarse float32 is beside the largest score
+    tau = tl.minimum(stats[1] - largest, 0.0) - tl.abs(largest) * (4.0 * _STEP)
+    tau = tl.maximum(tau, -1.0)
     found = lines * 0
     more = M * 0 + 1
     sweep = M * 0
@@ -212,7 +218,7 @@ def solve_kernel(
             counts, kept = _newton_tile(
                 counts, kept, borders - kept, m, tau, kept_ptr, q, k_ptr, k_strides[2],
                 tl.load(borders - i), m0, scale, batch, head, z, at, extra, OPS, DIM, BLOCK_DIM,
-                BLOCK_M, BLOCK_N, True, FOLD, PRECISION, KEEP, MOST,
+                BLOCK_M, BLOCK_N, True, PRECISION, KEEP, MOST,
             )  # fmt: skip
         listed_edges = kept
         kept = M * 0
@@ -220,7 +226,7 @@ def solve_kernel(
             counts, kept = _newton_tile(
                 counts, kept, fulls + kept, m, tau, kept_ptr, q, k_ptr, k_strides[2],
                 tl.load(fulls + i), m0, scale, batch, head, z, at, extra, OPS, DIM, BLOCK_DIM,
-                BLOCK_M, BLOCK_N, False, FOLD, PRECISION, KEEP, MOST,
+                BLOCK_M, BLOCK_N, False, PRECISION, KEEP, MOST,
             )  # fmt: skip
         listed = kept
         total, size, least, stored = counts

@@ -84,7 +84,7 @@ def plan_solve(
         "width": width,
     }
     constants = {
-        **_picked(constants, "OPS", "DIM", "BLOCK_DIM", "FOLD", "PRECISION"),
+        **_picked(constants, "OPS", "DIM", "BLOCK_DIM", "PRECISION"),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "KEEP": CANDIDATES,

@@ -207,19 +207,22 @@ def visibility(
 
 
 @jit
-def shaped_scores(
-    x, scale, rows, cols, batch, head, z, at, keep, extra, OPS: tl.constexpr, FOLD: tl.constexpr
-):
+def unit_of(scale, extra):
+    """The `unit` of `shaped_scores`."""
+    unit = scale
+    if (extra.softcap is not None) or (extra.bias is not None) or (extra.slopes is not None):
+        unit = 1.0
+    return unit
+
+
+@jit
+def shaped_scores(x, scale, rows, cols, batch, head, z, at, keep, extra, OPS: tl.constexpr):
     """Of products x = q.k: (x, unit, slope of the softcap), with s = unit x."""
     M, N, offset = at
-    unit = scale
+    unit = unit_of(scale, extra)
     cap_slope = 1.0
-    shaped: tl.constexpr = (
-        (extra.softcap is not None) or (extra.bias is not None) or (extra.slopes is not None)
-    )
-    if shaped or not FOLD:
+    if (extra.softcap is not None) or (extra.bias is not None) or (extra.slopes is not None):
         x = x * scale
-        unit = 1.0
     if extra.softcap is not None:
         t = tanh(x / extra.softcap)
         cap_slope = 1.0 - t * t
@@ -236,6 +239,45 @@ def shaped_scores(
     if keep is not None:
         x = tl.where(keep, x, OPS.hidden)
     return x, unit, cap_slope
+
+
+@jit
+def _stretch(peak):
+    """The power of two that takes `peak` to [2^14, 2^15), or 2^63 or 2^-63 where it is beyond."""
+    exponent = peak.to(tl.int32, bitcast=True) & 0x7F800000
+    exponent = tl.minimum(tl.maximum(exponent, 78 << 23), 204 << 23)
+    # 268 = 127 + 127 + 14 does not fit beside the sign
+    return ((134 << 23) - exponent + (134 << 23)).to(tl.float32, bitcast=True)
+
+
+@jit
+def add_product(
+    acc, peak, tile, other, rescale, RESCALE: tl.constexpr, FIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(acc, peak), acc = rescale acc + tile @ other in other's dtype.
+
+    If FIT and that is float16, `acc` is in units of each row's own that let the largest entry of
+    its tiles, `peak`, use the format's range: neither overflows nor underflows before it counts.
+    `fitted` takes the units off.
+    """
+    if FIT and other.dtype == tl.float16:
+        before = _stretch(peak)
+        peak = tl.maximum(peak * rescale, tl.max(tl.abs(tile), 1))
+        stretch = _stretch(peak)
+        acc = acc * (stretch / before * rescale)[:, None]
+        tile = tile * stretch[:, None]
+    elif RESCALE:
+        acc = acc * rescale[:, None]
+    return tl.dot(tile.to(other.dtype), other, acc, input_precision=PRECISION), peak
+
+
+@jit
+def fitted(acc, peak, dtype: tl.constexpr, FIT: tl.constexpr):
+    """What `add_product` accumulated with `other` of this dtype."""
+    if FIT and dtype == tl.float16:
+        acc = acc * (1.0 / _stretch(peak))[:, None]
+    return acc
 
 
 @jit

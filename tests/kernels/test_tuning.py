@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
+from attnvariants import get_variant
 from attnvariants_kernels import launch, tuning
 from attnvariants_kernels._triton import triton, why_not
-from attnvariants_kernels.hooks import SOFTMAX
 from attnvariants_kernels.launch import Config
 
 needs_triton = pytest.mark.skipif(bool(why_not()), reason="needs Triton")
@@ -71,8 +71,9 @@ def test_widths_between_take_the_next_wider_table():
 
 
 def test_hooks_with_another_function_are_other_hooks_to_the_disk_cache():
-    other = SOFTMAX._replace(fold=SOFTMAX.grad)
-    assert other.cache_key != SOFTMAX.cache_key
+    hooks = get_variant("cosformer").hooks
+    other = hooks._replace(fold=hooks.grad)
+    assert other.cache_key != hooks.cache_key
 
 
 class Fake:
