@@ -155,7 +155,8 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, layout: Layout = ATTENT
 
 def _groups(heads: int, kv_heads: int) -> bool:
     """Whether so many query heads can share so many key heads."""
-    return bool(heads and kv_heads) and heads % kv_heads == 0
+    # not bool(heads), which torch 2.6 cannot trace
+    return heads > 0 and kv_heads > 0 and heads % kv_heads == 0
 
 
 def broadcastable(name: str, tensor: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
