@@ -196,11 +196,44 @@ def test_encoders_and_nested_models_restore(tmp_path):
     again.load_state_dict(llava.state_dict())
     assert torch.equal(run(again), run(llava))
     assert len(patches_of(again)) == 1
+    llava.save_pretrained(tmp_path / "llava")
+    loaded = type(llava).from_pretrained(
+        tmp_path / "llava", attn_implementation=llava.config._attn_implementation
+    )
+    assert torch.equal(run(loaded), run(llava))
+    images = {
+        "pixel_values": torch.randn(1, 3, 8, 8),
+        "input_ids": torch.tensor([[3, *[98] * 4, 5]]),
+    }
+    assert torch.equal(run(loaded, **images), run(llava, **images))
+    assert not torch.equal(run(loaded, **images)[0, -1], run(loaded)[0, -1])
     # its text config alone does not say what was patched
     for config in (llava.config.text_config, copy.deepcopy(llava.config.text_config)):
         part = transformers.LlamaForCausalLM(config)
         with pytest.raises(ValueError, match=r"records no variants.*from_pretrained"):
             part(TOKENS)
+
+
+def test_what_the_config_of_a_composed_model_names_restores_it(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2}
+    model = strong(
+        transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, num_heads=4))
+    )
+    before = model.config._attn_implementation
+    inputs = {"input_ids": TOKENS, "decoder_input_ids": TOKENS}
+    plain = run(model, **inputs)
+    patch(model, "softpick")
+    model.save_pretrained(tmp_path)
+    key = model.config._attn_implementation
+    again = type(model).from_pretrained(tmp_path, attn_implementation=key)
+    assert torch.equal(run(again, **inputs), run(model, **inputs))
+    assert len(patches_of(again)[0].names) == 6
+    encoder = transformers.T5EncoderModel.from_pretrained(tmp_path, attn_implementation=key)
+    assert torch.equal(run(encoder, input_ids=TOKENS), run(model.encoder, input_ids=TOKENS))
+    unpatch(model)
+    assert model.config._attn_implementation == before
+    assert torch.equal(run(model, **inputs), plain)
 
 
 def test_a_model_whose_softmax_is_replaced_restores_under_its_own_implementation(tmp_path):

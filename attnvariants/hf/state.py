@@ -72,6 +72,8 @@ def attach(
     """
     state = state_of(model) or PatchState()
     switch(state, [target for target, _ in holders.values()], targets, mode)
+    for root in _roots(model):
+        _name_root(state, root.config, targets)
     setattr(model, ATTRIBUTE, state)
     state.handles.append(handle)
     try:
@@ -123,7 +125,6 @@ def switch(
             )
     picked = {target.name for target in chosen}
     previous: list[tuple[nn.Module, Any]] = []
-    seen = []
     for target in targets:
         if not target.dispatches or id(target.config) not in steps:
             continue
@@ -132,14 +133,14 @@ def switch(
         except ValueError:
             if target.name not in picked:
                 raise
-            seen.append(target.module)
             continue
         previous.append((target.module, operator))
 
     for module, operator in previous:
         setattr(module, PREVIOUS, operator)
-    for module in seen:
-        setattr(module, SEEN, True)
+    for target in targets:
+        if target.dispatches and not hasattr(target.module, PREVIOUS):
+            setattr(target.module, SEEN, True)
     state.configs = [pair for pair in state.configs if id(pair[0]) not in steps]
     for config, now in steps.values():
         state.configs.append((config, now))
@@ -186,8 +187,30 @@ def remove(model: nn.Module, handles: list[Any]) -> None:
     delattr(model, ATTRIBUTE)
 
 
-def _record(model: nn.Module, state: PatchState) -> None:
-    """Write what is patched into the config of every outermost transformers model."""
+def _name_root(state: PatchState, config: Any, targets: list[Target]) -> None:
+    """Have the config of a model with patched parts name a key of ours, too.
+
+    Trainers build a reference model with what this config names. Masks and operators of whatever
+    reads it stay those of the implementation it named.
+    """
+    now = implementation_of(config)
+    keys = {"sdpa": masks.IMPLICIT, "eager": masks.FLOAT}
+    readers = [target for target in targets if any(config is other for other in target.configs)]
+    if not state.configs or now not in keys or not all(target.dispatches for target in readers):
+        return
+    try:
+        operators = [(target.module, previous_of(target.module, now)) for target in readers]
+    except ValueError:
+        return
+    for module, operator in operators:
+        setattr(module, PREVIOUS, operator)
+    state.configs.append((config, now))
+    switched[id(config)] = config
+    set_implementation(config, keys[now])
+
+
+def _roots(model: nn.Module) -> list[Any]:
+    """The outermost transformers models."""
     from transformers import PreTrainedModel
 
     roots: dict[str, PreTrainedModel] = {}
@@ -195,11 +218,17 @@ def _record(model: nn.Module, state: PatchState) -> None:
         inside = any(root == "" or name.startswith(root + ".") for root in roots)
         if isinstance(module, PreTrainedModel) and not inside:
             roots[name] = module
+    return list(roots.values())
+
+
+def _record(model: nn.Module, state: PatchState) -> None:
+    """Write what is patched into the config of every outermost transformers model."""
+    roots = _roots(model)
     recorded = {id(config) for config, _ in state.records}
-    for config in (root.config for root in roots.values()):
+    for config in (root.config for root in roots):
         if id(config) not in recorded:
             own = config.__dict__
             state.records.append((config, {name: own[name] for name in _WRITTEN if name in own}))
-    for root in roots.values():
+    for root in roots:
         setattr(root.config, RECORD, record_of(entries_of(root)))
         setattr(root.config, SAVED_AS, GUARD)
