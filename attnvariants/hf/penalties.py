@@ -15,6 +15,9 @@ windows. To every other variant such a key is there, and counts. ALiBi, on the o
    ALiBi, whose gaps (between far keys that are kept and near ones) look alike, differ sixteenfold,
    and a bucket of one head's learned bias is that head's alone.
 
+Penalties within the range of every head's own bias, and those that differ by head below a bias,
+stay added: nothing tells them from one.
+
 All of it is arithmetic on tensors, so that it holds where values cannot be read, as in a graph
 that is being compiled.
 """
