@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnvariants import chunked, engines, reference
 from attnvariants.autocast import autocast_inputs, no_autocast
+from attnvariants.context import fake_mode
 from attnvariants.magnitude import beyond_float32
 from attnvariants.problem import build, prepare
 from attnvariants.registry import Variant, get_variant
@@ -128,7 +129,7 @@ def _attention(
     return_weights = check_flag("return_weights", return_weights)
     return_stats = check_flag("return_stats", return_stats)
     query, key, value = autocast_inputs(query, key, value)
-    with no_autocast(query):
+    with fake_mode(query), no_autocast(query):
         problem = build(query, key, value, variant, options, **call)
         engine = engines.choose(impl, query, key, value, problem)
         inputs = query, key, value

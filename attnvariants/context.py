@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +37,12 @@ def batched(tensor: Tensor) -> bool:
 def shapes_alone(tensor: Tensor) -> bool:
     """Whether a tensor has no values: on the meta device, or fake."""
     return tensor.is_meta or isinstance(tensor, FakeTensor) or _has_mode(_MODES.FAKE)
+
+
+def fake_mode(tensor: Any) -> AbstractContextManager[Any]:
+    """The mode that a fake tensor came out of, so that what a call makes is fake as well."""
+    outside = not torch.compiler.is_compiling() and not _has_mode(_MODES.FAKE)
+    return tensor.fake_mode if outside and isinstance(tensor, FakeTensor) else nullcontext()
 
 
 def recorded() -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from attnvariants import checks, engines
 from attnvariants.autocast import autocast_inputs, no_autocast
+from attnvariants.context import transformed
 from attnvariants.problem import Problem, build, compute_dtype, prepare
 from attnvariants.registry import Rows, Variant, get_variant
 from attnvariants.scalars import check_integer, in_words
@@ -267,4 +268,7 @@ def _padding(key_mask: Tensor, key: Tensor) -> Tensor:
 
 
 def _wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    # within a transform nothing tells whether a gradient will be asked for
+    return transformed() or (
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    )

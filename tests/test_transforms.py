@@ -267,6 +267,13 @@ def test_the_rest_of_the_calls_have_shapes_too(place):
             attention_varlen(x, x, x, bounds, bounds, return_weights=True)
 
 
+def test_fake_tensors_outside_of_their_mode():
+    mode = FakeTensorMode()
+    q, k, v = (mode.from_tensor(tensor) for tensor in qkv())
+    for variant in VARIANTS:
+        assert attention(q, k, v, variant, causal=True).shape == (1, 4, 4, 2)
+
+
 def test_real_tensors_within_a_fake_mode():
     q, k, v = qkv()
     mask = random(4, 5) > 0
