@@ -105,8 +105,9 @@ def _once(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tensor
         return (scores @ value.unsqueeze(2)).flatten(1, 2)
     mask, sighted, is_causal = _mask(problem)
     dtype = value.dtype
-    if mask is not None and mask.is_floating_point():
-        # in half precision a bias of some size would be rounded by whole units
+    # in half precision a bias of some size would be rounded by whole units
+    biased = mask is not None and mask.is_floating_point()
+    if biased or _overflows(query, dtype):
         dtype = compute_dtype(value)
     # a branch, because a comparison of symbolic sizes is no bool
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
@@ -120,6 +121,14 @@ def _once(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tensor
         **grouped,
     ).to(value.dtype)
     return out if sighted is None else out.masked_fill(~sighted, 0.0)
+
+
+def _overflows(query: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a prepared query, with its temperature, may be out of float16's range."""
+    if dtype != torch.float16 or query.dtype == dtype or not query.numel():
+        return False
+    # where it cannot be read, it may
+    return not context.readable(query) or bool(query.abs().amax() > torch.finfo(dtype).max)
 
 
 def mask_size(problem: Problem) -> int:

@@ -124,3 +124,11 @@ def test_half_precision_masks_add_up_in_float32():
     # 2048 + 1 is not a number of float16
     got = attention(q, k, v, attn_mask=mask, bias=bias, impl="chunked")
     torch.testing.assert_close(got, attention(q, k, v, impl="chunked"), rtol=0, atol=2e-3)
+
+
+def test_a_temperature_may_leave_the_range_of_float16():
+    q, k, v = (magnitudes.numbers((1, 1, 6, 8), torch.float16, 1.0, i).half() for i in range(3))
+    inputs = 2e4 * q, 1e-3 * k, v
+    got = attention(*inputs, "ssmax", s=9.0, impl="sdpa")
+    want = attention(*(x.double() for x in inputs), "ssmax", s=9.0, impl="reference")
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-3)
