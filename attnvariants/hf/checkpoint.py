@@ -48,7 +48,7 @@ def save_pretrained(
             model's.
         guard: write an `attn_implementation` into config.json that makes a plain `from_pretrained`
             of transformers >= 5 fail with a hint, in place of silently loading another model.
-            Passing it `attn_implementation="sdpa"` loads the plain model all the same.
+            Passing it `attn_implementation="sdpa"` loads the plain model, with a warning.
         **kwargs: for `model.save_pretrained`.
 
     Raises:

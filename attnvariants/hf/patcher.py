@@ -151,7 +151,8 @@ def patch(
     Learned options become parameters `[heads]` of the attention modules, named
     `....attn_variant.<option>`, in the dtype and on the device of the module's own parameters.
     Everything is checked before anything is changed. Patch before wrapping with PEFT, FSDP or
-    DDP. `model.config.attn_variants` records what was done and is saved with the model.
+    DDP. `model.config.attn_variants` records what was done and is saved with the model, whoever
+    saves it. Copies, and models that are built from this config, are patched as it records.
 
     Args:
         model: a model whose attention goes through transformers' attention interface, or one that
