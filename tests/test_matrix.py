@@ -76,3 +76,9 @@ def test_every_file_of_the_set_is_there():
     assert all((matrix.ROOT / word).exists() for word in files if word.startswith("tests/"))
     named = {name for column in matrix.columns().values() for name in column.groups}
     assert named == set(matrix.GROUPS)
+
+
+def test_the_page_is_what_was_measured():
+    results = json.loads(matrix.RESULTS.read_text())
+    assert matrix.PAGE.read_text() == matrix.markdown(results)
+    assert all(map(matrix.is_good, results["columns"].values()))

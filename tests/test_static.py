@@ -222,7 +222,7 @@ def test_every_shipped_kernel_compiles(target):
 
 @needs_compiler
 def test_every_size_compiles():
-    # of the plainest hooks; `pytest -m aot` takes all, for all targets
+    # of the plainest hooks; `make nightly` takes all, for all targets
     rows = compiled(["sm_90"], variants=["softmax"])
     found = {(row["head_dim"], row["causal"]) for row in rows}
     assert found == {(dim, causal) for dim in (64, 128, 256) for causal in (True, False)}
