@@ -13,6 +13,8 @@ from torch import Tensor, nn
 # Frames, samples and grids are tried in this order; the first that a model runs is its own.
 _FRAMES = (64, 32, 128, 100, 3000)
 _SAMPLES = (4000, 1600, 24000)
+# Arguments whose second dimension never is one of tokens.
+_MEDIA = ("pixel_", "image_", "video_", "input_features", "input_values", "audio_", "past_")
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,18 @@ class Sample:
 
 
 def parameters(root: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Arguments of the model's forward."""
-    return inspect.signature(type(root).forward).parameters
+    """Arguments of the model's forward, and of those it overrides and may hand the rest on to."""
+    found: dict[str, inspect.Parameter] = {}
+    for cls in type(root).__mro__:
+        if cls is nn.Module:
+            break
+        if "forward" not in vars(cls):
+            continue
+        own = inspect.signature(vars(cls)["forward"]).parameters
+        found = {**own, **found}
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in own.values()):
+            break
+    return found or inspect.signature(type(root).forward).parameters
 
 
 def samples(root: nn.Module, seed: int = 0, length: int | None = None) -> Iterator[Sample]:
@@ -197,6 +209,23 @@ def _first(*configs: Any, names: tuple[str, ...]) -> Any:
             if value is not None:
                 return value
     return None
+
+
+def is_sequence(name: str, value: Any, size: tuple[int, int]) -> bool:
+    """Whether an argument has an entry for each token of `size`, `[batch, tokens]`.
+
+    Positions may have a dimension before these, one entry for time, height and width.
+    """
+    if not isinstance(value, Tensor) or name.startswith(_MEDIA):
+        return False
+    return tuple(value.shape[:2]) == size or (
+        name == "position_ids" and tuple(value.shape[1:]) == size
+    )
+
+
+def columns_of(value: Tensor, size: tuple[int, int], columns: slice) -> Tensor:
+    """Some tokens' entries of an argument that `is_sequence`."""
+    return value[:, columns] if tuple(value.shape[:2]) == size else value[..., columns]
 
 
 def device_of(root: nn.Module) -> torch.device:

@@ -2,116 +2,180 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from attnvariants.hf.measure import Part
+from attnvariants.hf.outputs import sentence
+from attnvariants.hf.reasons import InapplicableError, UnavailableError, VanishedError
+
 NEARLY_CAUSAL = 1e-5
+# In float64 a change below this is rounding, and one above it is not.
+EXACT = 1e-9
+# What must be equal in float64, whatever the model's own precision.
+CLOSE = 1e-4
+# Between what a note says was compared and what does not apply.
+NOT_SO = "; not applicable: "
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What a model's own run, or its patched one, gave; see `Verification`."""
+class Test:
+    """How a test is named and judged.
 
-    finite: bool
-    leak: float | None = None
-    padding: float | None = None
-    hidden: float | None = None
-    cache: float | None = None
-    cache_note: str = ""
-    packed: float | None = None
-
-
-def judge_leak(patched: Figures, base: Figures, slack: float) -> tuple[float | None, str]:
-    """The leak, unless the unpatched model leaks itself.
-
-    Raises:
-        ValueError: the figure is too large.
+    Attributes:
+        title: in reports.
+        exact: whether the figure must be what rounding leaves, else within the tolerance.
+        own: what is wrong with an unpatched model that fails it.
+        accusation: what is wrong with a patched one; takes got, own, limit and what.
     """
-    if patched.leak is None or base.leak is None:
-        return None, "no tokens to change, or no output for each of them"
-    if base.leak > NEARLY_CAUSAL:
-        return None, f"the unpatched model is not causal: it changes by {base.leak:.3g}"
-    if patched.leak > max(10 * base.leak, slack):
-        raise ValueError(
-            f"verify: a future token changes outputs before it by {patched.leak:.3g} of the "
-            f"largest output, where the unpatched model changes by {base.leak:.3g}; the mask does "
-            "not reach the patched modules."
-        )
-    return patched.leak, "change of outputs before a changed token"
+
+    title: str
+    exact: bool
+    own: str
+    accusation: str
 
 
-def judge_padding(patched: Figures, base: Figures, tolerance: float) -> tuple[float | None, str]:
-    """The difference of a padded row, unless the unpatched model differs too.
+_BEYOND = "of the largest output, more than {limit:g}; the unpatched model differs by {own:.3g}. "
+_PADDED = (
+    "row differs from the unpadded one by {got:.3g} "
+    + _BEYOND
+    + "The padding mask does not reach the patched modules, or the variant counts hidden keys."
+)
+TESTS = {
+    "leak": Test(
+        "future leak",
+        True,
+        "the unpatched model is not causal: it changes by {own:.3g}",
+        "a future token changes outputs before it by {got:.3g} of the largest output, where the "
+        "unpatched model changes by {own:.3g}; the mask does not reach the patched modules.",
+    ),
+    "padding": Test("left padding", False, "", f"a left-padded {_PADDED}"),
+    "right_padding": Test("right padding", False, "", f"a right-padded {_PADDED}"),
+    "hidden": Test(
+        "hidden tokens",
+        True,
+        "hidden tokens change the unpatched model by {own:.3g} itself",
+        "tokens that the padding mask hides change outputs by {got:.3g} of the largest output "
+        "({what}), where the unpatched model changes by {own:.3g}; the padding mask does not reach "
+        "the patched modules.",
+    ),
+    "cache": Test(
+        "cache",
+        False,
+        "",
+        "outputs with a cache differ by {got:.3g} from those without ({what}), relative to the "
+        "largest output, more than {limit:g}; the unpatched model differs by {own:.3g}. The mask "
+        "is aligned otherwise, or the variant counts keys that are not filled yet.",
+    ),
+    "packed": Test(
+        "packed documents",
+        False,
+        "the unpatched model mixes documents itself: they differ by {own:.3g}",
+        "a packed document differs from the same one alone by {got:.3g} "
+        + _BEYOND
+        + "The mask does not keep documents apart in the patched modules.",
+    ),
+}
 
-    Raises:
-        ValueError: the figure is too large.
+Measured = float | Exception
+Precisely = Callable[[int], tuple[Measured, Measured]]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judges the figures of one verification.
+
+    Attributes:
+        tolerance: of what must be equal up to rounding.
+        half: whether the model computes in half precision.
+        shared: whether sums are shared between rows, so that rounding differs where tokens do.
+        precisely: gives a part's figures of the unpatched and the patched model in float64;
+            raises UnavailableError where they cannot be had.
     """
-    if patched.padding is None or base.padding is None:
-        return None, "no left-padded batch of tokens"
-    if base.padding > tolerance:
-        return None, f"the unpatched model differs by {base.padding:.3g} itself"
-    if not patched.padding <= tolerance:
-        raise ValueError(
-            f"verify: a left-padded row differs from the unpadded one by {patched.padding:.3g} of "
-            f"the largest output, more than {tolerance:g}; the unpatched model differs by "
-            f"{base.padding:.3g}. The padding mask does not reach the patched modules, or the "
-            "variant counts hidden keys."
-        )
-    return patched.padding, "left-padded row against the unpadded one"
+
+    tolerance: float
+    half: bool
+    shared: bool
+    precisely: Precisely
+
+    def judge(
+        self, test: str, entries: list[tuple[int, Part, Measured, Measured | None]]
+    ) -> tuple[float | None, str]:
+        """The largest figure of a test, and what was compared or why it does not apply.
+
+        Args:
+            test: its name.
+            entries: of each part its place, itself, and its figures unpatched and patched.
+
+        Raises:
+            ValueError: a figure is too large.
+        """
+        figures: list[float] = []
+        compared: list[str] = []
+        not_so: list[str] = []
+        for place, part, own, got in entries:
+            if isinstance(own, VanishedError):
+                raise own
+            if isinstance(own, Exception):
+                not_so.append(_why(part, own))
+                continue
+            if isinstance(got, Exception) or got is None:
+                raise ValueError(
+                    f"verify: with {part.what} the patched model raises "
+                    f"{sentence(got) if got is not None else 'nothing'}, where the unpatched "
+                    "one runs."
+                )
+            value, note = self._one(TESTS[test], place, part, own, got)
+            if value is None:
+                not_so.append(note)
+            else:
+                figures.append(value)
+                compared.append(note)
+        lacking = "; ".join(dict.fromkeys(not_so))
+        if not figures:
+            return None, lacking
+        note = ", ".join(dict.fromkeys(compared))
+        return max(figures), note + NOT_SO + lacking if lacking else note
+
+    def _one(
+        self, test: Test, place: int, part: Part, own: float, got: float
+    ) -> tuple[float | None, str]:
+        own_limit = NEARLY_CAUSAL if test.exact else self.tolerance
+        limit = 10 * own if test.exact else self.tolerance
+        # a model that changes by more has no causality or padding to keep
+        plausible = own <= (0.1 if self.half else 1e-3)
+        if own <= own_limit and got <= limit:
+            return got, part.what
+        note, added = part.what, ""
+        if plausible or own <= own_limit:
+            try:
+                exact_own, exact_got = self.precisely(place)
+                for figure in (exact_own, exact_got):
+                    if isinstance(figure, Exception):
+                        raise UnavailableError(sentence(figure))
+            except UnavailableError as why:
+                added = f" It cannot be told from rounding in float64: {why}."
+                if test.exact and self.shared:
+                    limit = max(limit, self.tolerance)
+                    note += f" at a tolerance of {limit:g}, as float64 cannot tell rounding: {why}"
+            else:
+                assert isinstance(exact_own, float)
+                assert isinstance(exact_got, float)
+                note += f" in float64, where rounding does not show ({got:.3g} otherwise)"
+                own, got = exact_own, exact_got
+                limit = max(10 * own, EXACT) if test.exact else min(self.tolerance, CLOSE)
+                own_limit = NEARLY_CAUSAL if test.exact else limit
+        if not own <= own_limit:
+            return None, (
+                test.own or "{what}: the unpatched model differs by {own:.3g} itself"
+            ).format(own=own, what=part.what)
+        if not got <= limit:
+            accusation = test.accusation.format(got=got, own=own, limit=limit, what=part.what)
+            raise ValueError(f"verify: {accusation}{added}")
+        return got, note
 
 
-def judge_hidden(patched: Figures, base: Figures, slack: float) -> tuple[float | None, str]:
-    """The change by hidden tokens, unless they change the unpatched model.
-
-    Raises:
-        ValueError: the figure is too large.
-    """
-    if patched.hidden is None or base.hidden is None:
-        return None, "no left-padded batch of tokens"
-    if base.hidden > NEARLY_CAUSAL:
-        return None, f"the unpatched model changes by {base.hidden:.3g} itself"
-    if patched.hidden > max(10 * base.hidden, slack):
-        raise ValueError(
-            f"verify: tokens that the padding mask hides change outputs by {patched.hidden:.3g} of "
-            f"the largest output, where the unpatched model changes by {base.hidden:.3g}; the "
-            "padding mask does not reach the patched modules."
-        )
-    return patched.hidden, "change of outputs when hidden tokens change"
-
-
-def judge_cache(patched: Figures, base: Figures, tolerance: float) -> tuple[float | None, str]:
-    """The difference of a cache, unless the unpatched model's differs too.
-
-    Raises:
-        ValueError: the figure is too large.
-    """
-    if base.cache is None or patched.cache is None:
-        return None, base.cache_note or patched.cache_note
-    if base.cache > tolerance:
-        return None, f"the unpatched model differs by {base.cache:.3g} itself"
-    if not patched.cache <= tolerance:
-        raise ValueError(
-            f"verify: outputs with a cache differ by {patched.cache:.3g} of the largest from those "
-            f"without, more than {tolerance:g} ({patched.cache_note}); the unpatched model differs "
-            f"by {base.cache:.3g}. The mask is aligned otherwise, or the variant counts keys that "
-            "are not filled yet."
-        )
-    return patched.cache, patched.cache_note
-
-
-def judge_packed(patched: Figures, base: Figures, tolerance: float) -> tuple[float | None, str]:
-    """The difference of a packed document, unless the unpatched model's differs too.
-
-    Raises:
-        ValueError: the figure is too large.
-    """
-    if base.packed is None or patched.packed is None:
-        return None, "no positions of tokens to start again"
-    if base.packed > tolerance:
-        return None, f"the unpatched model differs by {base.packed:.3g} itself"
-    if not patched.packed <= tolerance:
-        raise ValueError(
-            f"verify: a packed document differs from the same one alone by {patched.packed:.3g} "
-            f"of the largest output, more than {tolerance:g}; the unpatched model differs by "
-            f"{base.packed:.3g}. The mask does not keep documents apart in the patched modules."
-        )
-    return patched.packed, "a packed document against the same one alone"
+def _why(part: Part, own: Exception) -> str:
+    if isinstance(own, InapplicableError):
+        return str(own)
+    return f"with {part.what} the unpatched model raises {sentence(own)}"

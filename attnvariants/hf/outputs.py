@@ -96,6 +96,24 @@ def tensors_in(thing: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
+def named_tensors(result: Any) -> dict[str, Tensor]:
+    """The floating tensors in a model's output by name, those of a list by place."""
+    found: dict[str, Tensor] = {}
+    items = result.items() if isinstance(result, Mapping) else [("its output", result)]
+    for name, value in items:
+        tensors = list(tensors_in({name: value}))
+        for place, tensor in enumerate(tensors):
+            found[f"{name}[{place}]" if len(tensors) > 1 else str(name)] = tensor
+    return found
+
+
+def not_finite(tensor: Tensor) -> str:
+    """What a tensor holds beside numbers: "NaN", "infinity", or nothing."""
+    if bool(tensor.isnan().any()):
+        return "NaN"
+    return "infinity" if bool(tensor.isinf().any()) else ""
+
+
 def per_token(result: Any, length: int) -> Tensor | None:
     """The output for every token, `[batch, length, width]`; None if there is none."""
     named = [getattr(result, name, None) for name in _PER_TOKEN]

@@ -80,22 +80,29 @@ class Patch:
         """Run the model and prove that the patch keeps causality, padding, caches and documents.
 
         A future token must change nothing before it (difference exactly 0 where the unpatched
-        model's is), a left-padded row must equal the unpadded one, hidden tokens must change
-        nothing, a growing and a static cache and packed documents must give what runs without
-        them do, with softmax in place of the variant the model must compute what it did before,
-        and every patched module that runs must compute its variant. Tests that the unpatched model
-        does not pass either are reported as not applicable. Modes, gradients and the global random
-        state are left alone.
+        model's is), rows padded on the left and on the right must equal the unpadded ones, hidden
+        tokens must change nothing, a growing and a static cache (of an encoder-decoder too) and
+        packed documents must give what runs without them do, with softmax in place of the variant
+        the model must compute what it did before, and every patched module that runs must compute
+        its variant. A figure that is too large is computed again in float64 before it is called an
+        error, from a copy of the model, so that rounding is told from a leak.
+
+        A test that does not apply names the property of the model or of the inputs that makes it
+        so, or what the unpatched model itself fails; `notes` has it. A model that has a cache which
+        this package does not know fails. Modes, gradients and the global random state are left
+        alone.
 
         Args:
-            inputs: keyword arguments of the model's forward; by default small random ones.
+            inputs: keyword arguments of the model's forward, used whole; by default small random
+                ones. Tokens that stand for images, and what belongs to them, are neither changed
+                nor cut.
             tolerance: largest relative difference of what must be equal; by default 1e-4, and 5e-2
                 for models in half precision.
             seed: of the random inputs.
 
         Raises:
-            ValueError: a test failed, the patch is no longer active, or no inputs could be made
-                for this model.
+            ValueError: a test failed, the patch is no longer active, no inputs could be made for
+                this model, or it gives NaN or infinity before it is patched.
         """
         self._require_present()
         state = state_of(self.model)

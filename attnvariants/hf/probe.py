@@ -1,44 +1,95 @@
-"""Inputs that the self-test of a patch runs a model on."""
+"""Inputs that the self-test of a patch runs a model on, whole and with tokens hidden."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnvariants.hf.inputs import Sample, parameters, samples, text_config
+from attnvariants.hf.inputs import (
+    device_of,
+    parameters,
+    samples,
+    special_tokens,
+    text_config,
+)
 from attnvariants.hf.outputs import sentence
+from attnvariants.hf.padding import (
+    LEFT,
+    MASKS,
+    Batch,
+    Short,
+    free_tokens,
+    other_tokens,
+    padded_batches,
+)
+from attnvariants.hf.reasons import UntestableError
+
+_OF_TOKENS = {*MASKS, *MASKS.values(), "position_ids"}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Inputs of the model's forward, the tokens that the leak test changes, and the padding.
+    """What the self-test runs.
 
-    `pad` is the number of padding tokens left of row 1; `changed` names the argument whose tokens
-    are changed; `allowed` are tokens without a special meaning; `short` is row 1 alone, without
-    its padding.
+    Attributes:
+        plain: the inputs whole, as they were given or made.
+        changed: the argument whose tokens are changed; None if none holds tokens.
+        free: `[batch, tokens]` bool of the tokens that may be changed.
+        allowed: two tokens or more without a special meaning; None for embeddings.
+        padded: by side and argument, the inputs with tokens hidden; or why there are none.
     """
 
-    inputs: dict[str, Tensor]
+    plain: Batch
     changed: str | None = None
+    free: Tensor | None = None
     allowed: Tensor | None = None
-    pad: int = 0
-    short: dict[str, Tensor] | None = None
+    padded: Mapping[tuple[str, str], Batch | str] = field(default_factory=dict)
 
     @property
-    def seen(self) -> Tensor | None:
-        """`[batch, tokens]` bool, False at padding; None without any."""
-        if not self.pad:
-            return None
-        mask = torch.ones_like(self.inputs["input_ids"], dtype=torch.bool)
-        mask[1, : self.pad] = False
-        return mask
+    def length(self) -> int | None:
+        """Number of the changed tokens in a row; None without any."""
+        return None if self.changed is None else int(self.plain.inputs[self.changed].shape[1])
+
+    @property
+    def source(self) -> str | None:
+        """The argument whose tokens padding hides: the encoder's if there is one."""
+        return next((name for name in reversed(MASKS) if name in self.plain.inputs), None)
+
+    @property
+    def main(self) -> Batch:
+        """The left-padded inputs, or the whole ones where there are no padded ones."""
+        padded = self.padded.get((LEFT, self.source or ""))
+        return padded if isinstance(padded, Batch) else self.plain
+
+    @property
+    def more(self) -> str:
+        """The arguments that are more than tokens, which cannot be cut as they can."""
+        return ", ".join(sorted(set(self.plain.inputs) - _OF_TOKENS))
+
+    def changed_at(self, where: Tensor, batch: Batch) -> dict[str, Any]:
+        """The inputs of a batch with other tokens at some places."""
+        assert self.changed is not None
+        tokens = batch.inputs[self.changed]
+        return {**batch.inputs, self.changed: other_tokens(tokens, where, self.allowed)}
+
+    def without(self, key: tuple[str, str], why: str) -> Probe:
+        """The same without a padded batch, and why."""
+        return replace(self, padded={**self.padded, key: why})
+
+    def double(self) -> Probe:
+        """The same with floating inputs in float64."""
+        padded = {
+            key: value if isinstance(value, str) else _double(value)
+            for key, value in self.padded.items()
+        }
+        return replace(self, plain=_double(self.plain), padded=padded)
 
 
-def made_probe(root: nn.Module, seed: int, runs: Callable[[dict[str, Tensor]], Any]) -> Probe:
+def made_probe(root: nn.Module, seed: int, runs: Callable[[dict[str, Any]], Any]) -> Probe:
     """Small random inputs of the model's own kind.
 
     Args:
@@ -47,74 +98,102 @@ def made_probe(root: nn.Module, seed: int, runs: Callable[[dict[str, Tensor]], A
         runs: runs the model as it was before the patch; raises if it does not take the inputs.
 
     Raises:
-        ValueError: the model runs none of the inputs that are tried.
+        UntestableError: the model runs none of the inputs that are tried.
     """
     why = ""
     for sample in samples(root, seed):
-        for probe in _probes(root, sample):
+        tries = [sample.inputs]
+        if "input_ids" in sample.inputs and "attention_mask" in parameters(root):
+            # some models do not run without a mask
+            mask = torch.ones_like(sample.inputs["input_ids"])
+            tries.append({**sample.inputs, "attention_mask": mask})
+        for inputs in tries:
             try:
-                runs(probe.inputs)
+                runs(inputs)
             except Exception as error:
                 why = why or sentence(error)
-            else:
-                return probe
+                continue
+            allowed = sample.allowed.to(device_of(root))
+            if sample.tokens:
+                return _probe(root, inputs, sample.tokens[-1], allowed)
+            return _probe(root, inputs, _changed(inputs), None)
     main = getattr(root, "main_input_name", "input_ids")
-    raise ValueError(
+    raise UntestableError(
         f"verify cannot make inputs for {type(root).__name__}, whose input is {main}; pass "
         f"inputs= with the arguments of its forward{f' ({why})' if why else ''}."
     )
 
 
-def _probes(root: nn.Module, sample: Sample) -> Iterator[Probe]:
-    """A sample as a probe, padded if it can be."""
-    if not sample.tokens:
-        yield Probe(sample.inputs)
-        return
-    allowed = sample.allowed.to(sample.inputs[sample.tokens[-1]].device)
-    if "input_ids" in sample.tokens and "attention_mask" in parameters(root):
-        yield _padded(root, sample.inputs, allowed)
-    yield Probe(sample.inputs, sample.tokens[-1], allowed)
-
-
-def given_probe(root: nn.Module, inputs: Mapping[str, Tensor]) -> Probe:
-    """The caller's inputs; padded as well if they are nothing but tokens.
+def given_probe(root: nn.Module, inputs: Mapping[str, Any]) -> Probe:
+    """The caller's inputs, whole, and what can be hidden of them.
 
     Raises:
         ValueError: there are fewer than two tokens to change.
     """
-    given = dict(inputs)
-    changed = next((key for key in ("decoder_input_ids", "input_ids") if key in given), None)
+    given = {name: value for name, value in inputs.items() if value is not None}
+    changed = _changed(given)
     if changed is None:
-        return Probe(given)
-    if given[changed].dim() != 2 or given[changed].shape[1] < 2:
+        return Probe(Batch(given))
+    tokens = given[changed]
+    dims = 3 if tokens.is_floating_point() else 2
+    if tokens.dim() != dims or tokens.shape[1] < 2:
+        shape = "[batch, tokens, width]" if dims == 3 else "[batch, tokens]"
         raise ValueError(
-            f"verify needs {changed} of shape [batch, tokens] with at least 2 tokens, got "
-            f"{list(given[changed].shape)}."
+            f"verify needs {changed} of shape {shape} with at least 2 tokens, got "
+            f"{list(tokens.shape)}."
         )
-    tokens_only = set(given) <= {"input_ids", "decoder_input_ids"} and "input_ids" in given
-    able = tokens_only and "attention_mask" in parameters(root)
-    if able and all(value.shape[1] >= 4 for value in given.values()):
-        return _padded(root, {key: value[:1].expand(2, -1) for key, value in given.items()}, None)
-    return Probe(given, changed)
+    if set(given) <= set(MASKS) and all(len(value) == 1 for value in given.values()):
+        # a second row, which padding tells from the first
+        given = {name: torch.cat([value, value]) for name, value in given.items()}
+    return _probe(root, given, changed, None)
 
 
-def _padded(root: nn.Module, inputs: dict[str, Tensor], allowed: Tensor | None) -> Probe:
-    """A batch whose row 1 is left-padded by a third, and that row alone without padding."""
-    changed = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
-    accepts = parameters(root)
-    tokens = inputs["input_ids"].clone()
-    pad = tokens.shape[1] // 3
-    fill = getattr(text_config(root.config), "pad_token_id", None)
-    tokens[1, :pad] = fill if isinstance(fill, int) and fill >= 0 else 0
-    mask = torch.ones_like(tokens)
-    mask[1, :pad] = 0
-    batch = {**inputs, "input_ids": tokens, "attention_mask": mask}
-    if any(value.shape[0] != 2 for value in batch.values()):
-        return Probe(batch, changed, allowed, pad)
-    short = {key: value[1:2] for key, value in batch.items()}
-    for key in ("input_ids", "attention_mask"):
-        short[key] = short[key][:, pad:]
-    if "position_ids" in accepts:
-        batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        short["position_ids"] = batch["position_ids"][1:2, pad:]
-    return Probe(batch, changed, allowed, pad, short)
+def _changed(inputs: Mapping[str, Any]) -> str | None:
+    return next((name for name in MASKS if isinstance(inputs.get(name), Tensor)), None)
+
+
+def _probe(
+    root: nn.Module, inputs: dict[str, Any], changed: str | None, allowed: Tensor | None
+) -> Probe:
+    if changed is None:
+        return Probe(Batch(inputs))
+    special = special_tokens(root.config) | special_tokens(text_config(root.config))
+    tokens = inputs[changed]
+    free = free_tokens(tokens, special)
+    if tokens.is_floating_point():
+        allowed = None
+    elif allowed is None:
+        allowed = _plain_tokens(root, tokens[free], special)
+    mask = inputs.get(MASKS[changed])
+    seen = None
+    if isinstance(mask, Tensor) and mask.shape == tokens.shape[:2] and not bool(mask.all()):
+        seen = mask != 0
+        free = free & seen
+    padded = padded_batches(root, inputs, changed, special, allowed)
+    return Probe(Batch(inputs, seen=seen), changed, free, allowed, padded)
+
+
+def _plain_tokens(root: nn.Module, present: Tensor, special: set[int]) -> Tensor:
+    """Tokens without a special meaning: two that the inputs hold, else some of the vocabulary."""
+    found = present.unique()
+    if found.numel() > 1:
+        return found
+    most = getattr(text_config(root.config), "vocab_size", None) or 2
+    rest = [token for token in range(min(most, 4096)) if token not in special]
+    return torch.tensor(rest if len(rest) > 1 else [0, 1], device=present.device)
+
+
+def _double(batch: Batch) -> Batch:
+    def double(inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: value.double()
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
+            for name, value in inputs.items()
+        }
+
+    short = batch.short
+    if isinstance(short, Short):
+        short = replace(short, inputs=double(short.inputs))
+    other = None if batch.other is None else double(batch.other)
+    return replace(batch, inputs=double(batch.inputs), other=other, short=short)

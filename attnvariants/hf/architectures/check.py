@@ -18,6 +18,7 @@ from attnvariants.hf.architectures.check_model import model_of
 from attnvariants.hf.architectures.drive import cases_of, runnable, state_of_model
 from attnvariants.hf.build import requests_of
 from attnvariants.hf.find import attention_modules
+from attnvariants.hf.judge import NOT_SO
 from attnvariants.hf.names import implementation_of, set_implementation
 from attnvariants.hf.outputs import Case, difference, meaning_of, outputs_of, sentence
 from attnvariants.hf.patcher import Patch, patch
@@ -163,28 +164,37 @@ def _identity(model: nn.Module, cases: list[Case], settings: dict[str, Any]) -> 
         for key in ("layers", "impl", "masks", "penalties", "backend")
         if key in settings
     }
-    expected = {"its own operator": _try_outputs(model, cases)}
+    cases, untaken = _taken(model, cases)
+    expected = {"its own operator": [outputs_of(model, case) for case in cases]}
     parts = [
-        None if own is None else meaning_of(model, case, own)
+        meaning_of(model, case, own)
         for case, own in zip(cases, expected["its own operator"], strict=True)
     ]
-    with _eager(model):
-        expected["eager attention"] = _try_outputs(model, cases)
-    with patch(model, "softmax", **chosen):
-        got = _try_outputs(model, cases)
+    try:
+        with _eager(model):
+            expected["eager attention"] = [outputs_of(model, case) for case in cases]
+    except Exception as error:
+        why = f"with eager attention the unpatched model raises {sentence(error)}"
+        yield Check("identity to eager attention", None, None, why)
+    try:
+        with patch(model, "softmax", **chosen):
+            got = [outputs_of(model, case) for case in cases]
+    except Exception as error:
+        for name in expected:
+            yield Check(f"identity to {name}", False, None, f"patched it raises {sentence(error)}")
+        return
     changes = {
         name: max(
             (
                 difference(one, other, part)
                 for one, other, part in zip(outputs, got, parts, strict=True)
-                if one is not None and other is not None
             ),
             default=math.inf,
         )
         for name, outputs in expected.items()
     }
-    names = ", ".join(case.name for case in cases)
-    eager_passed = changes["eager attention"] <= tolerance
+    names = ", ".join([*(case.name for case in cases), *untaken])
+    eager_passed = changes.get("eager attention", math.inf) <= tolerance
     for name, change in changes.items():
         note = f"softmax against {name}, {names}"
         passed: bool | None = change <= tolerance
@@ -193,24 +203,26 @@ def _identity(model: nn.Module, cases: list[Case], settings: dict[str, Any]) -> 
         yield Check(f"identity to {name}", passed, change, note)
 
 
-def _try_outputs(model: nn.Module, cases: list[Case]) -> list[list[Tensor] | None]:
-    """The outputs of each case; None for padding that the model does not take."""
-    found: list[list[Tensor] | None] = []
+def _taken(model: nn.Module, cases: list[Case]) -> tuple[list[Case], list[str]]:
+    """The cases that the unpatched model runs, and of padding that it does not take, why."""
+    taken, untaken = [], []
     for case in cases:
         try:
-            found.append(outputs_of(model, case))
-        except Exception:
+            outputs_of(model, case)
+        except Exception as error:
             if case.name == "plain":
                 raise
-            found.append(None)
-    return found
+            untaken.append(f"not {case.name}, where the unpatched model raises {sentence(error)}")
+        else:
+            taken.append(case)
+    return taken, untaken
 
 
 def _generate(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor | str]:
     """Logits of a few greedy steps without a cache and with each kind; why where it cannot."""
     can = getattr(model, "can_generate", None)
     if can is None or not can():
-        return {}
+        return {"no": f"{type(model).__name__} does not generate: its can_generate is False"}
     found: dict[str, Tensor | str] = {}
     kinds: dict[str, dict[str, Any]] = {
         "no": {"use_cache": False},
@@ -241,7 +253,7 @@ def _generate(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor |
                 )
             found[kind] = torch.stack(result.logits)
         except Exception as error:
-            found[kind] = sentence(error)
+            found[kind] = f"it raises {sentence(error)}"
     return found
 
 
@@ -251,22 +263,33 @@ def _generation(
     """Caches against no cache, where the unpatched model's agree."""
     plain = before.get("no")
     if not isinstance(plain, Tensor):
-        why = plain or "it cannot generate"
-        return Check("generate", None, None, why)
+        return Check("generate", None, None, plain or "no inputs could be made")
     tolerance = 5e-2 if _half(model) else 1e-4
     steady = {
         kind
         for kind in ("dynamic", "static")
         if isinstance(value := before[kind], Tensor) and difference([plain], [value]) <= tolerance
     }
+    why_not = [
+        f"{kind} cache: the unpatched model "
+        + (
+            value.removeprefix("it ")
+            if isinstance(value, str)
+            else f"differs by {difference([plain], [value]):.3g}"
+        )
+        for kind, value in before.items()
+        if kind not in ("no", *steady)
+    ]
+    lacking = "; ".join(why_not)
     if not steady:
-        return Check("generate", None, None, "the unpatched model's caches do not agree either")
+        return Check("generate", None, None, lacking)
     after = _generate(model, inputs)
     broken = [value for kind in ("no", *steady) if isinstance(value := after[kind], str)]
     if broken:
         return Check("generate", False, None, broken[0])
     worst = max(difference([after["no"]], [after[kind]]) for kind in steady)  # type: ignore[list-item]
     note = f"{' and '.join(sorted(steady))} cache against none, {STEPS} greedy tokens"
+    note += f"{NOT_SO}{lacking}" if lacking else ""
     return Check("generate", worst <= tolerance, worst, note)
 
 

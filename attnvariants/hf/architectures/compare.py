@@ -22,8 +22,11 @@ from attnvariants.hf.architectures.drive import (
 from attnvariants.hf.architectures.hidden import absence
 from attnvariants.hf.architectures.tiny import Sizes, model_class, tiny_config, tiny_model
 from attnvariants.hf.find import attention_modules
+from attnvariants.hf.judge import NOT_SO
 from attnvariants.hf.outputs import Case, difference, meaning_of, outputs_of, sentence
 from attnvariants.hf.patcher import Patch, patch
+from attnvariants.hf.reasons import UntestableError
+from attnvariants.hf.verify import TITLES, Verification
 
 TOLERANCE = 1e-4
 # Identical; so through the hook; not taken; wrong, or with another variant; no inputs or no model;
@@ -31,6 +34,8 @@ TOLERANCE = 1e-4
 COUNTED = "hidden keys counted"
 VERDICTS = ("identical", "by hook", "refused", "different", COUNTED, "not driven", "no attention")
 HOOK = "softmax-hook"
+# Figures of the self-test that an outcome keeps.
+FIGURES = ("leak", "padding", "right_padding", "hidden", "cache", "packed")
 
 
 @dataclass
@@ -47,8 +52,9 @@ class Outcome:
         patched: of those, how many a patch takes.
         reached: of those, how many ran.
         inputs: what the model was run on.
-        leak: largest change before a changed token; None if it was not measured.
-        padding: largest difference of a left-padded row; None if it was not measured.
+        leak, padding, right_padding, hidden, cache, packed: figures of `Verification`; None if the
+            self-test does not apply.
+        skipped: what of the self-test does not apply, and why.
         absent: largest relative difference, with variants that are no softmax, of a row of
             attention from one without the keys that are hidden from it; None if none was compared.
         note: why it was refused or not driven, and what was left unpatched or unmeasured.
@@ -66,6 +72,11 @@ class Outcome:
     leak: float | None = None
     padding: float | None = None
     absent: float | None = None
+    right_padding: float | None = None
+    hidden: float | None = None
+    cache: float | None = None
+    packed: float | None = None
+    skipped: str = ""
     note: str = ""
 
 
@@ -140,7 +151,7 @@ def compare(model: nn.Module, outcome: Outcome, **patching: Any) -> None:
     left = {
         f"{type(t.module).__name__} stays as it is" for t in targets if t.name not in handle.names
     }
-    notes = sorted(left)
+    notes = sorted(left) + [why for run in runs for why in run.untaken]
     if not whole:
         notes.insert(0, "patch needs layers= that names what can be patched")
     try:
@@ -224,12 +235,14 @@ def _taken_whole(model: nn.Module, patching: dict[str, Any]) -> bool:
 class _Run:
     """A model or a part of one, its cases and what it returned for them before the patch.
 
-    With each case go the outputs and which parts of them are compared.
+    With each case go the outputs and which parts of them are compared; with the model, why it
+    does not run further cases.
     """
 
     model: nn.Module
     what: str
     cases: list[tuple[Case, list[Tensor], list[Tensor | None]]]
+    untaken: list[str]
 
 
 def _runs(model: nn.Module) -> tuple[list[_Run], str]:
@@ -238,6 +251,7 @@ def _runs(model: nn.Module) -> tuple[list[_Run], str]:
     if sample is None:
         return [], f"no inputs could be made: {why}"
     cases = []
+    untaken: list[str] = []
     for case in cases_of(model, sample):
         try:
             own = outputs_of(model, case)
@@ -246,17 +260,20 @@ def _runs(model: nn.Module) -> tuple[list[_Run], str]:
             # not every model takes padding
             if case.name == "plain":
                 return [], sentence(error)
+            untaken.append(f"it takes no {case.name} rows: {sentence(error)}")
     plain, own, _ = cases[0]
     if not all(bool(torch.isfinite(tensor).all()) for tensor in own):
         return [], "its own outputs are not finite"
     if difference(own, outputs_of(model, plain)) != 0:
         return [], "its own outputs are random"
-    runs = [_Run(model, sample.what, cases)]
+    runs = [_Run(model, sample.what, cases, untaken)]
     targets = attention_modules(model)
     missed = {target.name for target in targets} - ran_in(model, targets, plain)
     for name, part in parts_beside(model, missed):
         inner, _ = _runs(part)
-        runs += [_Run(run.model, f"{name}: {run.what}", run.cases) for run in inner[:1]]
+        runs += [
+            _Run(run.model, f"{name}: {run.what}", run.cases, run.untaken) for run in inner[:1]
+        ]
     return runs, ""
 
 
@@ -274,12 +291,27 @@ def _self_test(handle: Patch, outcome: Outcome) -> Iterator[str]:
     """Run the patch's own test; yields what to note."""
     try:
         result = handle.verify()
-    except ValueError as error:
-        text = sentence(error)
-        if "cannot make inputs" in text or "cannot run" in text or "none of the" in text:
-            yield f"no self-test: {text}"
-            return
-        outcome.verdict = "different"
-        yield text
+    except UntestableError as error:
+        outcome.skipped = f"all: {sentence(error)}"
+        yield f"no self-test: {sentence(error)}"
         return
-    outcome.leak, outcome.padding = result.leak, result.padding
+    except ValueError as error:
+        outcome.verdict = "different"
+        yield sentence(error)
+        return
+    for name in FIGURES:
+        setattr(outcome, name, getattr(result, name))
+    outcome.skipped = "; ".join(_skipped(result))
+
+
+def _skipped(result: Verification) -> Iterator[str]:
+    """The tests that do not apply by reason, and what of the others could not be compared."""
+    by_reason: dict[str, list[str]] = {}
+    for name, title in TITLES.items():
+        note = result.notes[name]
+        if getattr(result, name) is None:
+            by_reason.setdefault(note, []).append(title)
+        elif NOT_SO in note:
+            by_reason.setdefault(note.partition(NOT_SO)[2], []).append(f"part of {title}")
+    for reason, titles in by_reason.items():
+        yield f"{', '.join(titles)}: {reason}"

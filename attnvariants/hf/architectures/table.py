@@ -9,6 +9,7 @@ from attnvariants.hf.architectures.sweep import SweepResult
 
 HEADINGS = (
     *("Type", "Model", "Verdict", "Largest difference", "Hidden keys", "Attention modules"),
+    "Self-test: what does not apply",
     "Notes",
 )
 _MEANINGS = {
@@ -33,7 +34,10 @@ def models_markdown(result: SweepResult) -> str:
         "docs/models.md`); do not edit. Each type is built tiny with random weights, run with its "
         "own eager attention, patched with `softmax` wherever a patch is possible, run again on "
         "the same inputs (plain, left- and right-padded), self-tested with `Patch.verify`, and "
-        "unpatched. The difference is relative to the largest output, 1e-4 or less is identical.",
+        "unpatched. The difference is relative to the largest output, 1e-4 or less is identical. "
+        "The self-test compares a future token, left and right padding, hidden tokens, caches and "
+        "packed documents; where one of these does not apply, the property that makes it so is "
+        "given.",
         "",
         "Hidden keys: each attention call of those runs again, with softpick and relu (with ssmax "
         "or sparsemax where both are refused) in place of softmax, against one in float64 over "
@@ -69,8 +73,13 @@ def row_of(outcome: Outcome) -> tuple[str, ...]:
         outcome.verdict,
         *("" if figure is None else f"{figure:.1e}" for figure in figures),
         modules,
-        short_note(outcome.note).replace("|", "\\|"),
+        _cell(outcome.skipped),
+        _cell(outcome.note),
     )
+
+
+def _cell(text: str) -> str:
+    return short_note(text).replace("|", "\\|")
 
 
 def short_note(note: str, most: int = 240) -> str:
