@@ -120,9 +120,11 @@ class Judge:
                 not_so.append(_why(part, own))
                 continue
             if isinstance(got, Exception) or got is None:
+                # a run that any model with a cache makes says so around what was raised
+                error = getattr(got, "__cause__", None) or got
                 raise ValueError(
                     f"verify: with {part.what} the patched model raises "
-                    f"{sentence(got) if got is not None else 'nothing'}, where the unpatched "
+                    f"{sentence(error) if error is not None else 'nothing'}, where the unpatched "
                     "one runs."
                 )
             value, note = self._one(TESTS[test], place, part, own, got)
