@@ -116,6 +116,10 @@ def test_what_does_not_apply_names_the_property():
     assert "unpatched model is not causal" in encoder.notes["leak"]
     assert "unpatched model mixes documents itself" in encoder.notes["packed"]
     assert encoder.right_padding <= 1e-4
+    headed = transformers.BertLMHeadModel(transformers.BertConfig(**PLAIN))
+    assert "config.is_decoder is False" in patch(headed, "softpick").verify().notes["cache"]
+    decoder = transformers.BertLMHeadModel(transformers.BertConfig(**PLAIN, is_decoder=True))
+    assert patch(decoder, "softpick").verify().cache <= 1e-4
     both = patch(encoder_decoder(), "softpick").verify()
     assert both.cache <= 1e-4
     assert "config.is_encoder_decoder is True" in both.notes["packed"]
@@ -309,6 +313,14 @@ def test_padding_that_was_given_is_tested():
     assert result.hidden == 0.0
     square = {"input_ids": tokens, "attention_mask": torch.ones(2, 1, 12, 12).tril().bool()}
     assert "[2, 1, 12, 12] and not [batch, tokens]" in handle.verify(square).notes["padding"]
+
+
+def test_labels_are_cut_with_their_tokens():
+    tokens = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
+    result = patch(make(), "softpick").verify({"input_ids": tokens, "labels": tokens.clone()})
+    assert result.leak == result.hidden == 0.0
+    assert max(result.padding, result.right_padding, result.cache, result.identity) <= 1e-4
+    assert "labels" in result.notes["packed"]
 
 
 def test_embeddings_are_tested_as_tokens_are():

@@ -26,6 +26,9 @@ from attnvariants.hf.reasons import InapplicableError, VanishedError
 SPARE = 5
 # Model types whose memory of earlier tokens is a state of their own and no keys and values.
 _STATES = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlnet", "reformer", "xlm", "transfo-xl")
+_ENCODER = (
+    "the model is an encoder: config.is_decoder is False, and future tokens change its outputs"
+)
 
 
 def cache_parts(root: nn.Module, probe: Probe, causal: bool | None) -> list[Part]:
@@ -46,17 +49,17 @@ def cache_parts(root: nn.Module, probe: Probe, causal: bool | None) -> list[Part
         return [never("cache", why)]
     amid = probe.padded.get((MIDDLE, probe.changed or ""))
     assert probe.length is not None
-    step = _growing(probe, probe.main, name, 1)
+    step = _growing(probe, probe.main, name, 1, bool(causal))
     if causal:
         step = _required(step, name)
     half = probe.length - probe.length // 2
     parts = [
         Part("cache", "the last token behind a cache", step),
-        Part("cache", "tokens in two parts", _growing(probe, probe.main, name, half)),
+        Part("cache", "tokens in two parts", _growing(probe, probe.main, name, half, bool(causal))),
     ]
     if isinstance(amid, Batch):
         what = "tokens in two parts with padding between them"
-        parts.append(Part("cache", what, _growing(probe, amid, name, half)))
+        parts.append(Part("cache", what, _growing(probe, amid, name, half, bool(causal))))
     parts.append(Part("cache", "static cache", _static(probe, probe.main, name)))
     return parts
 
@@ -86,10 +89,7 @@ def cache_name(root: nn.Module, probe: Probe, causal: bool | None) -> str:
         raise InapplicableError(f"it keeps earlier tokens in {memory}, which is no cache of keys")
     decodes = both or getattr(config, "is_decoder", False)
     if not generates and not decodes and causal is False:
-        raise InapplicableError(
-            "the model is an encoder: config.is_decoder is False, and future tokens change its "
-            "outputs"
-        )
+        raise InapplicableError(_ENCODER)
     if name is not None:
         return name
     uses = "use_cache" in accepts or (generates and bool(getattr(config, "use_cache", False)))
@@ -108,13 +108,15 @@ def cache_name(root: nn.Module, probe: Probe, causal: bool | None) -> str:
     )
 
 
-def _growing(probe: Probe, batch: Batch, name: str, last: int) -> Callable[[Runs], float]:
+def _growing(
+    probe: Probe, batch: Batch, name: str, last: int, causal: bool
+) -> Callable[[Runs], float]:
     """The tokens in two parts, the second of `last` tokens or fewer."""
 
     def measure(runs: Runs) -> float:
         first = runs.rows(batch, probe.length)
         cut = _cut_of(probe, first.shape[1] - last)
-        return _change(first, _in_parts(runs.root, probe, batch, name, cut), batch)
+        return _change(first, _in_parts(runs.root, probe, batch, name, cut, causal), batch)
 
     return measure
 
@@ -153,7 +155,9 @@ def _cut_of(probe: Probe, cut: int) -> int:
     return cut
 
 
-def _in_parts(root: nn.Module, probe: Probe, batch: Batch, name: str, cut: int) -> Tensor:
+def _in_parts(
+    root: nn.Module, probe: Probe, batch: Batch, name: str, cut: int, causal: bool
+) -> Tensor:
     assert probe.changed is not None
     assert probe.length is not None
     length = probe.length
@@ -180,6 +184,8 @@ def _in_parts(root: nn.Module, probe: Probe, batch: Batch, name: str, cut: int) 
     result = run(root, first, use_cache=True)
     cache = cache_of(result)
     one = per_token(result, cut)
+    if cache is None and not (causal or decoder or getattr(root.config, "is_decoder", False)):
+        raise InapplicableError(f"{_ENCODER}; it returns no cache")
     if cache is None:
         fields = ", ".join(result) if hasattr(result, "keys") else type(result).__name__
         raise VanishedError(

@@ -78,7 +78,7 @@ def meaning_of(model: nn.Module, case: Case, own: list[Tensor]) -> list[Tensor |
 
 def _wide(mask: Tensor, like: Tensor) -> Tensor:
     """A mask of the first dimensions of a tensor, ready to be broadcast to it."""
-    return mask.reshape(*mask.shape, *[1] * (like.dim() - mask.dim()))
+    return mask.reshape((*mask.shape, *[1] * (like.dim() - mask.dim())))
 
 
 def tensors_in(thing: Any) -> Iterator[Tensor]:
