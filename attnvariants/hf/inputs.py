@@ -225,7 +225,9 @@ def is_sequence(name: str, value: Any, size: tuple[int, int]) -> bool:
 
 def columns_of(value: Tensor, size: tuple[int, int], columns: slice) -> Tensor:
     """Some tokens' entries of an argument that `is_sequence`."""
-    return value[:, columns] if tuple(value.shape[:2]) == size else value[..., columns]
+    cut = value[:, columns] if tuple(value.shape[:2]) == size else value[..., columns]
+    # as `generate` hands them over; some models take a view of their tokens
+    return cut.contiguous()
 
 
 def device_of(root: nn.Module) -> torch.device:
