@@ -172,7 +172,8 @@ class _Part:
 def _tanh_slope(x: Tensor) -> Tensor:
     """1 - tanh(x)^2 without its cancellation where tanh is near 1."""
     e = x.abs().mul_(-2).exp_()
-    return 4 * e / (1 + e).square_()
+    below = (1 + e).square_()
+    return e.mul_(4).div_(below)
 
 
 @dataclass
