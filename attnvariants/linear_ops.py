@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnvariants.context import transformed
 from attnvariants.ops import _no_second
 from attnvariants.problem import Problem
 
@@ -57,8 +58,7 @@ def linear(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tenso
     Returns:
         `[batch, heads, q_len, value_dim]` in value's dtype.
     """
-    transformed = torch._C._functorch.maybe_current_level() is not None
-    operator = _Forward.apply if transformed else linear_forward
+    operator = _Forward.apply if transformed() else linear_forward
     out, _ = operator(
         query.to(value.dtype),
         key.to(value.dtype),
@@ -144,8 +144,7 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Any, ...]
     nothing = (None,) * (len(ctx.facts) + 3)
     if grad_out is None:
         return (None,) * 3 + nothing
-    transformed = torch._C._functorch.maybe_current_level() is not None
-    operator = _Backward.apply if transformed else linear_backward
+    operator = _Backward.apply if transformed() else linear_backward
     grads = operator(grad_out, *ctx.saved_tensors, *ctx.facts)
     needs = ctx.needs_input_grad[:3]
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *nothing)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attnvariants import fused
+from attnvariants.context import transformed
 from attnvariants.problem import Problem
 from attnvariants.registry import Variant, constant_when_compiled, get_variant, is_registered
 
@@ -70,13 +71,16 @@ def streaming(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Te
     geometry, dropout = problem.geometry, problem.dropout
     seed = None
     if dropout is not None:
-        seed = dropout.seed if isinstance(dropout.seed, Tensor) else torch.tensor(dropout.seed)
+        seed = (
+            dropout.seed
+            if isinstance(dropout.seed, Tensor)
+            else torch.tensor(dropout.seed, device="cpu")
+        )
     visible = None
     if problem.keep is not None and _needs_n(variant, options, value.dtype):
         # without a mask the kernels count by themselves
         visible = problem.visible.to(torch.int32)
-    transformed = torch._C._functorch.maybe_current_level() is not None
-    operator = _Forward.apply if transformed else streaming_forward
+    operator = _Forward.apply if transformed() else streaming_forward
     out, _ = operator(
         query.to(value.dtype),
         key.to(value.dtype),
@@ -269,8 +273,7 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Any, ...]
     if _variant_of(facts[0]) is not ctx.variant:
         # the name went to another variant since
         facts = (_key_of(ctx.variant), *facts[1:])
-    transformed = torch._C._functorch.maybe_current_level() is not None
-    operator = _Backward.apply if transformed else streaming_backward
+    operator = _Backward.apply if transformed() else streaming_backward
     dq, dk, dv, dbias, dslopes = operator(grad_out, *ctx.saved_tensors, needs[4], needs[5], *facts)
     grads = dq, dk, dv, None, dbias, dslopes
     return (
@@ -285,7 +288,7 @@ streaming_forward.register_autograd(_differentiate, setup_context=_setup)
 def _no_second(ctx: Any, *grads: Any) -> None:
     raise NotImplementedError(
         "impl='triton' has gradients of first order only; use impl='reference' to differentiate "
-        "twice."
+        "twice, or impl='chunked' to do so in O(tokens) memory."
     )
 
 
