@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnvariants.context import transformed
-from attnvariants.ops import _no_second
+from attnvariants.ops import _no_second, for_functorch
 from attnvariants.problem import Problem
 
 
@@ -154,37 +154,7 @@ linear_forward.register_autograd(_differentiate, setup_context=_setup)
 linear_backward.register_autograd(_no_second)
 
 
-class _Forward(torch.autograd.Function):
-    """The forward operator for torch.func, which differentiates no custom operator."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return linear_forward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        _setup(ctx, inputs, output)
-
-    backward = staticmethod(_differentiate)
-
-
-class _Backward(torch.autograd.Function):
-    """The backward operator, likewise."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return linear_backward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    backward = staticmethod(_no_second)
+_Forward, _Backward = for_functorch(linear_forward, linear_backward, _setup, _differentiate)
 
 
 def _mapped(operator: Any, count: int) -> Any:

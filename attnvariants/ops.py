@@ -295,34 +295,46 @@ def _no_second(ctx: Any, *grads: Any) -> None:
 streaming_backward.register_autograd(_no_second)
 
 
-class _Forward(torch.autograd.Function):
-    """The forward operator for torch.func, which differentiates no custom operator."""
+def for_functorch(
+    forward_op: Any, backward_op: Any, setup: Any, differentiate: Any
+) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
+    """Two operators as functions for torch.func, which differentiates no custom operator.
 
-    generate_vmap_rule = True
+    Args:
+        forward_op: gives the output, and what is saved for the backward.
+        backward_op: gives the gradients.
+        setup: of the forward's context, as `register_autograd` takes it.
+        differentiate: its backward, likewise.
+    """
 
-    @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return streaming_forward(*inputs)
+    class Forward(torch.autograd.Function):
+        generate_vmap_rule = True
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        _setup(ctx, inputs, output)
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            return forward_op(*inputs)
 
-    backward = staticmethod(_differentiate)
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+            ctx.mark_non_differentiable(output[1])
+            setup(ctx, inputs, output)
+
+        backward = staticmethod(differentiate)
+
+    class Backward(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            return backward_op(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            pass
+
+        backward = staticmethod(_no_second)
+
+    return Forward, Backward
 
 
-class _Backward(torch.autograd.Function):
-    """The backward operator, likewise."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return streaming_backward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    backward = staticmethod(_no_second)
+_Forward, _Backward = for_functorch(streaming_forward, streaming_backward, _setup, _differentiate)
