@@ -38,7 +38,8 @@ class OwnConfig(PretrainedConfig):
         self.n_embd, self.n_layer, self.n_head = n_embd, n_layer, n_head
         self.hidden_size, self.num_hidden_layers = n_embd, n_layer
         self.num_attention_heads = n_head
-        super().__init__(**kwargs)
+        # transformers 4 ties them by default
+        super().__init__(**{"tie_word_embeddings": False, **kwargs})
 
 
 class OwnAttention(nn.Module):
