@@ -12,6 +12,7 @@ from attnvariants.geometry import Geometry
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
+from attnvariants.hf.dispatch import attention_forward  # noqa: E402
 from attnvariants.hf.names import with_cache  # noqa: E402
 
 masks = pytest.importorskip("attnvariants.hf.masks")
@@ -313,6 +314,19 @@ def test_packed_documents(name, said_by):
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(weights.logits, expected, atol=2e-5, rtol=1e-4)
     assert not weights.attentions[0][0, :, 8:, :8].any()
+
+
+@needs_lazy
+def test_packed_outputs_can_be_viewed_as_eager_attention_s():
+    model = make("Llama")
+    patch(model, "softpick")
+    module = model.model.layers[0].self_attn
+    query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
+    bounds = torch.tensor([0, 2, 6], dtype=torch.int32)
+    out, _ = attention_forward(
+        module, query, key, key, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds
+    )
+    assert out.view(1, 6, -1).shape == (1, 6, 32)
 
 
 def test_masks_argument():

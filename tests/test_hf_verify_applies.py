@@ -83,6 +83,28 @@ def test_a_cache_that_comes_back_under_an_unknown_name_fails(monkeypatch):
         patch(model, "softpick").verify()
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_part_that_returns_no_cache_says_so_and_one_under_another_name_fails(kept, monkeypatch):
+    model = make(suffix="Model")
+    own = type(model).forward
+
+    def forward(self, *args, **kwargs):
+        result = own(self, *args, **kwargs)
+        fields = {"last_hidden_state": result.last_hidden_state}
+        if kept:
+            fields["kv_memory"] = names.cache_of(result)
+        return transformers.utils.ModelOutput(**fields)
+
+    forward.__signature__ = inspect.signature(own)
+    monkeypatch.setattr(type(model), "forward", forward)
+    handle = patch(model, "softpick")
+    if kept:
+        with pytest.raises(ValueError, match=r"asked for a cache .* kv_memory"):
+            handle.verify()
+    else:
+        assert "returns no cache when it is asked for one" in handle.verify().notes["cache"]
+
+
 def test_an_unpatched_model_that_fails_with_a_cache_fails(monkeypatch):
     model = make()
     own, name = type(model).forward, cache_name(type(model))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnvariants.hf import names
 from attnvariants.hf.inputs import columns_of, is_sequence, parameters
 from attnvariants.hf.measure import (
     Part,
@@ -80,8 +81,7 @@ def cache_name(root: nn.Module, probe: Probe, causal: bool | None) -> str:
         raise InapplicableError(
             "config.is_encoder_decoder is True, and its inputs hold no tokens of the decoder"
         )
-    able = getattr(root, "can_generate", None)
-    generates = bool(able is not None and able())
+    generates = _generates(root)
     kind = getattr(config, "model_type", "")
     memory = memory_argument(accepts)
     name = cache_argument(accepts)
@@ -106,6 +106,11 @@ def cache_name(root: nn.Module, probe: Probe, causal: bool | None) -> str:
         "caches of the patched model cannot be tested: use a version of transformers that "
         "docs/compatibility.md names, or name the argument as transformers does."
     )
+
+
+def _generates(root: nn.Module) -> bool:
+    able = getattr(root, "can_generate", None)
+    return bool(able is not None and able())
 
 
 def _growing(
@@ -186,6 +191,11 @@ def _in_parts(
     one = per_token(result, cut)
     if cache is None and not (causal or decoder or getattr(root.config, "is_decoder", False)):
         raise InapplicableError(f"{_ENCODER}; it returns no cache")
+    if cache is None and not (decoder or _generates(root) or names.holds_cache(result)):
+        raise InapplicableError(
+            "it does not generate by itself, and returns no cache when it is asked for one "
+            "(use_cache=True)"
+        )
     if cache is None:
         fields = ", ".join(result) if hasattr(result, "keys") else type(result).__name__
         raise VanishedError(

@@ -320,7 +320,8 @@ def _packed(
         impl=impl,
         **call,
     )
-    return out.unflatten(0, (query.shape[0], query.shape[2]))
+    # as eager attention's, of which some models take a view
+    return out.unflatten(0, (query.shape[0], query.shape[2])).contiguous()
 
 
 def find_collector() -> None:

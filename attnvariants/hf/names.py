@@ -7,7 +7,7 @@ imported when a function is called, never with this module.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -53,6 +53,16 @@ def cache_of(output: Any) -> Any:
         if found is not None:
             return found
     return None
+
+
+def holds_cache(output: Any) -> bool:
+    """Whether a cache of transformers is anywhere in what a model returned, by whatever name."""
+    from transformers import Cache, EncoderDecoderCache
+
+    fields = output.values() if hasattr(output, "values") else output
+    return isinstance(fields, Iterable) and any(
+        isinstance(field, (Cache, EncoderDecoderCache)) for field in fields
+    )
 
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
