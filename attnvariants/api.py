@@ -73,8 +73,8 @@ def attention(
             device), "triton" (fused kernels), "sdpa" (softmax and ssmax by torch's
             scaled_dot_product_attention or flash-attn) or "auto"; `explain` says which that is.
             Transforms of torch.func, forward-mode derivatives, torch.jit.trace and
-            torch.onnx.export take "reference" in "auto". Second derivatives are those of
-            "reference", "chunked" and "sdpa"; third ones of "reference" alone.
+            torch.onnx.export take "reference" in "auto". Second and third derivatives
+            are those of "reference", "chunked" and "sdpa"; fourth ones of "reference" alone.
         return_weights: also return the weights as applied, `[batch, heads, q_len, kv_len]`;
             differentiable with impl="reference" alone.
         return_stats: also return the rows' `RowStats`.

@@ -211,7 +211,6 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tens
 
 def _backward(
     grad_out: Tensor,
-    out: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -219,7 +218,7 @@ def _backward(
     into: _Grads,
 ) -> None:
     q, k, v = _ready(query), _ready(key), _ready(value)
-    grad_out = grad_out.to(out.dtype)
+    grad_out = grad_out.to(v.dtype)
     batch, heads = q.shape[:2]
     for block in blocks(batch, k.shape[1], heads // k.shape[1], problem):
         with torch.no_grad():
@@ -260,7 +259,6 @@ def _backward(
 
 def gradients(
     grad_out: Tensor,
-    out: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -270,13 +268,13 @@ def gradients(
     """Gradients of query, key, value, bias, slopes and each learned option; None if not needed.
 
     Args:
-        out: the output in the compute dtype, as `forward` gave it.
         needs: which of them are wanted.
     """
     bias, slopes, learned = problem.bias, problem.slopes, problem.learned
     of = query, key, value, bias, slopes, *learned.values()
+    dtype = compute_dtype(value)
     grads = [
-        torch.zeros(tensor.shape, dtype=out.dtype, device=tensor.device)
+        torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
         if tensor is not None and need
         else None
         for tensor, need in zip(of, needs, strict=True)
@@ -285,7 +283,7 @@ def gradients(
     named = zip(learned, dlearned, strict=True)
     wanted = {name: grad for name, grad in named if grad is not None}
     into = _Grads(dq, dk, dv, dbias, dslopes, wanted)
-    _backward(grad_out, out, query, key, value, problem, into)
+    _backward(grad_out, query, key, value, problem, into)
     return [
         grad if grad is None or tensor is None else grad.to(tensor.dtype)
         for tensor, grad in zip(of, grads, strict=True)
@@ -298,16 +296,16 @@ class _Attention(torch.autograd.Function):
         out = forward(query, key, value, problem)
         ctx.bare, tensors = second_order.held(problem)
         ctx.names = list(problem.learned)
-        ctx.save_for_backward(query, key, value, out, *tensors)
+        ctx.save_for_backward(query, key, value, *tensors)
         return out.to(value.dtype)
 
     @staticmethod
     def backward(ctx, grad_out):
-        query, key, value, out, *tensors = ctx.saved_tensors
+        query, key, value, *tensors = ctx.saved_tensors
         problem = second_order.whole(ctx.bare, ctx.names, tensors)
         needs = ctx.needs_input_grad[1:]
         return None, *second_order.differentiable(
-            gradients, grad_out, out, query, key, value, problem, needs
+            gradients, grad_out, query, key, value, problem, needs
         )
 
 

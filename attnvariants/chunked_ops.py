@@ -47,9 +47,7 @@ _SHARED = (
     "SymInt offset, SymInt left, SymInt right"
 )
 _FORWARD = f"({_INPUTS}, {_SHARED.format('')}) -> Tensor"
-_BACKWARD = (
-    f"(Tensor grad_out, Tensor out, {_INPUTS}, {_SHARED.format('bool[] needs, ')}) -> Tensor[]"
-)
+_BACKWARD = f"(Tensor grad_out, {_INPUTS}, {_SHARED.format('bool[] needs, ')}) -> Tensor[]"
 _WEIGHTS = (
     "(Tensor query, Tensor key, "
     f"{_SHARED.format('bool want_weights, bool want_stats, ')}) -> Tensor[]"
@@ -160,13 +158,13 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tens
 
 @torch.library.impl("attnvariants::chunked_backward", "CompositeExplicitAutograd")
 def _run_backward(
-    grad_out: Tensor, out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> list[Tensor]:
     """Gradients of query, key, value, bias, slopes and what is learned; empty if not needed."""
     needs, facts = rest[6], _Facts(*rest[7:])
     problem = _problem_of(query, key, rest[:6], facts)
     with no_autocast(query), _autograd():
-        grads = chunked.gradients(grad_out, out, query, key, value, problem, needs)
+        grads = chunked.gradients(grad_out, query, key, value, problem, needs)
     return [query.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
 
 
@@ -182,7 +180,7 @@ def _autograd() -> Any:
 
 @torch.library.register_fake("attnvariants::chunked_backward")
 def _fake_backward(
-    grad_out: Tensor, out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> list[Tensor]:
     likes = query, key, value, *rest[1:3], *rest[3]
     return [
@@ -213,22 +211,20 @@ def _fake_weights(query: Tensor, key: Tensor, *rest: Any) -> list[Tensor]:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     learned = inputs[6]
     ctx.count = len(learned)
-    ctx.save_for_backward(output, *inputs[:6], *learned, *inputs[7:9])
+    ctx.save_for_backward(*inputs[:6], *learned, *inputs[7:9])
     ctx.facts = _Facts(*inputs[9:])
     # the name may go to another variant before the backward
     ctx.variant = _variant_of(ctx.facts.variant)
 
 
 def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-    out, *tensors = ctx.saved_tensors
+    tensors = ctx.saved_tensors
     learned, (position, seed) = tensors[6 : 6 + ctx.count], tensors[6 + ctx.count :]
     query, key, value, *shared = tensors[:6]
     needs, facts = ctx.needs_input_grad, ctx.facts
     problem = _problem_of(query, key, (*shared, learned, position, seed), facts, ctx.variant)
     wanted = [*needs[:3], *needs[4:6], *needs[6]]
-    grads = second_order.differentiable(
-        _gradients, grad_out, out, query, key, value, problem, wanted
-    )
+    grads = second_order.differentiable(_gradients, grad_out, query, key, value, problem, wanted)
     return (
         *grads[:3],
         None,
@@ -240,7 +236,6 @@ def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
 
 def _gradients(
     grad_out: Tensor,
-    out: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -250,7 +245,7 @@ def _gradients(
     """`chunked.gradients` as one operator."""
     shared, facts = _arguments(problem)
     inputs = query, key, value, *shared
-    found = torch.ops.attnvariants.chunked_backward(grad_out, out, *inputs, list(needs), *facts)
+    found = torch.ops.attnvariants.chunked_backward(grad_out, *inputs, list(needs), *facts)
     return [grad if need else None for grad, need in zip(found, needs, strict=True)]
 
 

@@ -7,7 +7,6 @@ flash-attn is used where it is installed and computes exactly what is asked for.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -76,23 +75,9 @@ class _Inputs(torch.autograd.Function):
         problem = second_order.whole(ctx.bare, ctx.names, (keep, *rest))
         needs = [*ctx.needs_input_grad[2:], *(False for _ in ctx.names)]
         again = second_order.differentiable(
-            _gradients, kept[0], value, query, key, value, problem, needs
+            chunked.gradients, kept[0], query, key, value, problem, needs
         )
         return None, None, *again[:5]
-
-
-def _gradients(
-    grad_out: Tensor,
-    out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    problem: Problem,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """`chunked.gradients` where no output was kept; `out` is any tensor."""
-    out = chunked.forward(query, key, value, problem)
-    return chunked.gradients(grad_out, out, query, key, value, problem, needs)
 
 
 def _once(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tensor:

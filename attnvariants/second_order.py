@@ -1,7 +1,8 @@
 """Gradients of the chunked engine's gradients, block by block, from the variant's `ratio`.
 
 The gradients are sums over blocks, and so is what their own backward gives: each block is computed
-again by the reference formula and differentiated twice, in O(tokens) memory.
+again by the reference formula and differentiated twice, in O(tokens) memory; or thrice, as
+torch.autograd.functional.hvp asks for it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from attnvariants.problem import Problem, block_of, compute_dtype, pick
 Inputs = Sequence[Tensor | None]
 Gradients = Callable[..., list[Tensor | None]]
 
-_NO_THIRD = (
-    "impl='chunked' has gradients of first and second order only; use impl='reference' to "
-    "differentiate three times."
+_NO_FOURTH = (
+    "impl='chunked' has gradients of first to third order only; use impl='reference' to "
+    "differentiate four times."
+)
+_NO_MAPPED_THIRD = (
+    "impl='chunked' has no third derivatives that a vmap maps; use impl='reference' for them, or "
+    "differentiate one at a time."
 )
 
 
@@ -47,7 +52,6 @@ def whole(bare: Problem, names: Sequence[str], tensors: Inputs) -> Problem:
 def differentiable(
     first: Gradients,
     grad_out: Tensor,
-    out: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -62,36 +66,36 @@ def differentiable(
         inputs = query, key, value, problem.bias, problem.slopes, *problem.learned.values()
         return _dense(grad_out, _aliases(inputs), problem, needs, torch.is_grad_enabled())
     if not torch.is_grad_enabled():
-        return first(grad_out, out, query, key, value, problem, needs)
+        return first(grad_out, query, key, value, problem, needs)
     bare, (keep, *rest) = held(problem)
     call = first, bare, list(problem.learned), list(needs)
-    return list(_First.apply(*call, out, keep, grad_out, query, key, value, *rest))
+    return list(_First.apply(*call, keep, grad_out, query, key, value, *rest))
 
 
 class _First(torch.autograd.Function):
     """The gradients as a function of the incoming gradient and all inputs."""
 
     @staticmethod
-    def forward(ctx, first, bare, names, needs, out, keep, grad_out, query, key, value, *rest):
+    def forward(ctx, first, bare, names, needs, keep, grad_out, query, key, value, *rest):
         ctx.save_for_backward(keep, grad_out, query, key, value, *rest)
         ctx.call = bare, names
         ctx.set_materialize_grads(False)
         problem = whole(bare, names, (keep, *rest))
-        return tuple(first(grad_out, out, query, key, value, problem, needs))
+        return tuple(first(grad_out, query, key, value, problem, needs))
 
     @staticmethod
     def backward(ctx, *cotangents):
         keep, *tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad[6:]
+        needs = ctx.needs_input_grad[5:]
         count = len(cotangents)
         if all(cotangent is None for cotangent in cotangents):
-            return (None,) * (6 + len(needs))
+            return (None,) * (5 + len(needs))
         if any(context.mapped(tensor) for tensor in cotangents if tensor is not None):
             bare, names = ctx.call
             problem = whole(bare, names, (keep, *tensors[4:]))
-            return (None,) * 6 + tuple(_dense_second(cotangents, tensors, problem, needs))
+            return (None,) * 5 + tuple(_dense_second(cotangents, tensors, problem, needs))
         grads = _Second.apply(*ctx.call, needs, count, keep, *cotangents, *tensors)
-        return (None,) * 6 + tuple(grads)
+        return (None,) * 5 + tuple(grads)
 
 
 class _Second(torch.autograd.Function):
@@ -99,65 +103,136 @@ class _Second(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, bare, names, needs, count, keep, *tensors):
-        cotangents, (grad_out, *inputs) = tensors[:count], tensors[count:]
-        problem = whole(bare, names, (keep, *inputs[3:]))
-        return tuple(_second(cotangents, grad_out, inputs, problem, needs))
+        ctx.save_for_backward(keep, *tensors)
+        ctx.call = bare, names, count
+        ctx.set_materialize_grads(False)
+        cotangents, tensors = tensors[:count], tensors[count:]
+        problem = whole(bare, names, (keep, *tensors[4:]))
+        return tuple(_second(cotangents, tensors, problem, needs))
 
     @staticmethod
     def backward(ctx, *grads):
-        raise NotImplementedError(_NO_THIRD)
+        if any(context.mapped(grad) for grad in grads if grad is not None):
+            raise NotImplementedError(_NO_MAPPED_THIRD)
+        needs = ctx.needs_input_grad[5:]
+        if all(grad is None for grad in grads):
+            return (None,) * (5 + len(needs))
+        found = _Third.apply(*ctx.call, needs, *ctx.saved_tensors, *grads)
+        return (None,) * 5 + tuple(found)
+
+
+class _Third(torch.autograd.Function):
+    """What the backward of `_Second` gives, as a product of a Hessian and a vector asks for it."""
+
+    @staticmethod
+    def forward(ctx, bare, names, count, needs, keep, *tensors):
+        middle = len(needs)
+        cotangents, tensors, grads = tensors[:count], tensors[count:middle], tensors[middle:]
+        problem = whole(bare, names, (keep, *tensors[4:]))
+        return tuple(_third(grads, cotangents, tensors, problem, needs))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(_NO_FOURTH)
+
+
+# pairs of what is differentiated next and the weight with which it is
+Pairs = list[tuple[Tensor, Tensor]]
 
 
 def _second(
-    cotangents: Inputs, grad_out: Tensor, inputs: Inputs, problem: Problem, needs: Sequence[bool]
+    cotangents: Inputs, tensors: Inputs, problem: Problem, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients of sum <cotangent, gradient> to the incoming gradient and all inputs."""
-    of = grad_out, *inputs
+
+    def first(block: Block, part: Problem, fixed: Inputs, leaves: Sequence[Inputs]) -> Pairs:
+        return _first(block, part, fixed, leaves[0])
+
+    return _sum_over_blocks(first, (None, *cotangents), [tensors], problem, needs)
+
+
+def _third(
+    grads: Inputs, cotangents: Inputs, tensors: Inputs, problem: Problem, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of sum <grad, what `_second` gives> to its cotangents and tensors."""
+
+    def second(block: Block, part: Problem, fixed: Inputs, leaves: Sequence[Inputs]) -> Pairs:
+        return _weighed(_first(block, part, *leaves), leaves[1], fixed)
+
+    groups = [(None, *cotangents), tensors]
+    return _sum_over_blocks(second, grads, groups, problem, (False, *needs))[1:]
+
+
+def _first(block: Block, part: Problem, cotangents: Inputs, leaves: Inputs) -> Pairs:
+    """The gradients of a block to its inputs, with their cotangents."""
+    grad_out = leaves[0]
+    assert grad_out is not None
+    return _weighed([(_output(block, leaves[1:], part), grad_out)], leaves, cotangents)
+
+
+def _weighed(of: Pairs, leaves: Inputs, weights: Inputs) -> Pairs:
+    """Gradients of a weighted sum to the leaves that have a weight of their own, with it."""
+    asked = [
+        (leaf, weight)
+        for leaf, weight in zip(leaves, weights, strict=True)
+        if leaf is not None and weight is not None
+    ]
+    found = _gradient(of, [leaf for leaf, _ in asked], True)
+    return [
+        (grad, weight)
+        for grad, (_, weight) in zip(found, asked, strict=True)
+        if grad is not None and grad.requires_grad
+    ]
+
+
+def _gradient(of: Pairs, to: Sequence[Tensor], again: bool) -> Sequence[Tensor | None]:
+    """Gradients of a weighted sum, to be differentiated `again` or not."""
+    if not of or not to:
+        return [None] * len(to)
+    each, weights = zip(*of, strict=True)
+    return torch.autograd.grad(each, to, weights, create_graph=again, allow_unused=True)
+
+
+def _sum_over_blocks(
+    derive: Callable[[Block, Problem, Inputs, Sequence[Inputs]], Pairs],
+    fixed: Inputs,
+    groups: Sequence[Inputs],
+    problem: Problem,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of the weighted sums that `derive` gives of each block, to what is needed.
+
+    Args:
+        derive: of a block, its problem, and its parts of `fixed` and of `groups`.
+        fixed: the incoming gradient and all inputs, or what has their shapes.
+        groups: likewise, each; the last are the incoming gradient and the inputs themselves.
+        needs: of all groups, one after another.
+    """
+    size = len(fixed)
+    of = [tensor for group in groups for tensor in group]
     ready = [None if tensor is None else _ready(tensor) for tensor in of]
-    contents = [None if tensor is None else _ready(tensor) for tensor in cotangents]
+    fixed = [None if tensor is None else _ready(tensor) for tensor in fixed]
     into = [
         torch.zeros_like(tensor) if tensor is not None and need else None
         for tensor, need in zip(ready, needs, strict=True)
     ]
-    _, query, key, *_ = ready
+    _, query, key, *_ = ready[-size:]
     assert query is not None
     assert key is not None
     for block in blocks(query.shape[0], key.shape[1], query.shape[1] // key.shape[1], problem):
         part = _cut(block, problem)
         leaves = [
             None if tensor is None else tensor.detach().requires_grad_()
-            for tensor in _parts(block, ready)
+            for tensor in _each(block, ready, size)
         ]
         with torch.enable_grad():
-            out = _output(block, leaves[1:], part)
-            asked = [
-                (leaf, cotangent)
-                for leaf, cotangent in zip(
-                    leaves[1:], _parts(block, (None, *contents))[1:], strict=True
-                )
-                if leaf is not None and cotangent is not None
-            ]
-            first = torch.autograd.grad(
-                out, [leaf for leaf, _ in asked], leaves[0], create_graph=True, allow_unused=True
-            )
-        pairs = [
-            (grad, cotangent)
-            for grad, (_, cotangent) in zip(first, asked, strict=True)
-            if grad is not None and grad.requires_grad
-        ]
+            pairs = derive(block, part, _parts(block, fixed), _cut_up(leaves, size))
         targets = [
             (leaf, total)
-            for leaf, total in zip(leaves, _parts(block, into), strict=True)
+            for leaf, total in zip(leaves, _each(block, into, size), strict=True)
             if leaf is not None and total is not None
         ]
-        if not pairs or not targets:
-            continue
-        found = torch.autograd.grad(
-            [grad for grad, _ in pairs],
-            [leaf for leaf, _ in targets],
-            [cotangent for _, cotangent in pairs],
-            allow_unused=True,
-        )
+        found = _gradient(pairs, [leaf for leaf, _ in targets], False)
         for grad, (_, total) in zip(found, targets, strict=True):
             if grad is not None:
                 total += grad
@@ -165,6 +240,15 @@ def _second(
         None if total is None or tensor is None else total.to(tensor.dtype)
         for total, tensor in zip(into, of, strict=True)
     ]
+
+
+def _cut_up(tensors: Inputs, size: int) -> list[Inputs]:
+    return [tensors[start : start + size] for start in range(0, len(tensors), size)]
+
+
+def _each(block: Block, tensors: Inputs, size: int) -> list[Tensor | None]:
+    """A block's views of several groups, one after another."""
+    return [tensor for group in _cut_up(tensors, size) for tensor in _parts(block, group)]
 
 
 def _ready(tensor: Tensor) -> Tensor:

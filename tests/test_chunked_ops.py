@@ -80,7 +80,7 @@ def test_opcheck(case):
     for needs in ([True] * 5, [False, True, False, False, False]):
         needs = [need and t is not None for need, t in zip(needs, (*forward[:3], *shared[1:3]),
                                                            strict=True)]  # fmt: skip
-        backward = torch.randn_like(out), out, *detached[:9], needs, *facts
+        backward = torch.randn_like(out), *detached[:9], needs, *facts
         # its body differentiates, which the test of the registration takes for a mistake
         tests = "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"
         torch.library.opcheck(operators.chunked_backward.default, backward, test_utils=tests)

@@ -295,6 +295,14 @@ def test_changing_a_bias_before_the_backward_is_noticed():
         out.sum().backward()
 
 
+def test_an_output_may_be_changed_in_place():
+    q, k, v = leaves((1, 1, 6, 4), (1, 1, 6, 4), (1, 1, 6, 4))
+    want = torch.autograd.grad(attention(q, k, v, "softpick", impl="chunked").sum(), q)
+    out = attention(q, k, v, "softpick", impl="chunked")
+    out += 1
+    assert torch.equal(torch.autograd.grad(out.sum(), q)[0], want[0])
+
+
 @pytest.mark.parametrize("impl", ENGINES)
 def test_odd_corners(impl):
     q, k, v = leaves((2, 2, 3, 4), (2, 2, 0, 4), (2, 2, 0, 4))

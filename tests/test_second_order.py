@@ -196,14 +196,50 @@ def test_softmax_by_torch_s_kernels_has_second_order_too():
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("call", ["dropout", "padding", "scores"])
+@pytest.mark.parametrize("variant", list_variants())
+def test_third_order_is_the_reference_s(variant, call, monkeypatch):
+    if not takes(variant, call):
+        pytest.skip("cosformer has no scores to cap or to add to")
+    monkeypatch.setattr(blocks, "_THREAD_SCORES", 1)
+
+    def third(impl):
+        leaves, rest = leaves_of(variant, call)
+        grads, wanted = [run(leaves, variant, impl, rest)], list(leaves.values())
+        for power in (1, 2, 2):
+            total = sum((grad**power).sum() * (i + 1) for i, grad in enumerate(grads))
+            grads = torch.autograd.grad(
+                total, wanted, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+        return grads
+
+    for one, other in zip(third("chunked"), third("reference"), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("variant", ["softmax", "softpick"])
-def test_third_order_is_refused(variant):
+def test_fourth_order_is_refused(variant):
     q, k, v = qkv()
-    out = attention(q, k, v, variant, impl="auto")
-    (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    (second,) = torch.autograd.grad(grad.square().sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="use impl='reference' to differentiate three"):
-        second.sum().backward()
+    grad = attention(q, k, v, variant, impl="auto")
+    for _ in range(3):
+        (grad,) = torch.autograd.grad(grad.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="use impl='reference' to differentiate four"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("product", ["hvp", "vhp"])
+def test_hessian_vector_products(product):
+    """hvp differentiates what is linear in its vector, which is a third derivative."""
+    inputs = tuple(tensor.detach() for tensor in qkv())
+    direction = tuple(random(*tensor.shape, seed=20 + i) for i, tensor in enumerate(inputs))
+
+    def found(impl):
+        def loss(q, k, v):
+            return attention(q, k, v, "softpick", impl=impl, causal=True).square().sum()
+
+        return getattr(torch.autograd.functional, product)(loss, inputs, direction)[1]
+
+    torch.testing.assert_close(found("auto"), found("reference"))
 
 
 @pytest.mark.parametrize("vectorize", [False, True])
