@@ -169,6 +169,10 @@ def other_options(model):
     patch(model, "softpick")
 
 
+def other_penalties(model):
+    patch(model, "ssmax", s=0.4, penalties="added")
+
+
 def other_layers(model):
     patch(model, "ssmax", layers=0)
 
@@ -177,6 +181,7 @@ def other_layers(model):
     ("spoil", "message"),
     [
         (other_options, r"trained with 'ssmax'\(learned s\) at .*0.self_attn, and .* 'softpick'"),
+        (other_penalties, r"and this base has 'ssmax'\(penalties='added', learned s\)"),
         (other_layers, r"trained with 'ssmax'\(learned s\) at .*1.self_attn, and .* no variant"),
     ],
 )
@@ -305,6 +310,24 @@ def test_pefts_own_save_tells_what_the_base_carries(tmp_path):
         (tmp_path / "attn_variants.json").unlink()
     with pytest.warns(UserWarning, match="the base carries none"):
         peft.PeftModel.from_pretrained(base(), tmp_path)
+
+
+def test_peft_warns_of_an_adapter_on_a_base_without_its_variants(tmp_path):
+    model = base()
+    patch(model, "softpick")
+    wrapped(model, modules=()).save_pretrained(tmp_path)
+    plain, other, right = base(), base(), base()
+    patch(other, "relu")
+    patch(right, "softpick")
+    for wrong, has in ((plain, "no variant"), (other, "'relu'")):
+        with pytest.warns(UserWarning, match=f"trained with 'softpick'.* this base has {has}"):
+            loaded = peft.PeftModel.from_pretrained(wrong, tmp_path)
+    with pytest.warns(UserWarning, match="its outputs are wrong"):
+        copy.deepcopy(loaded).load_adapter(tmp_path, "second")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*trained with")
+        peft.PeftModel.from_pretrained(right, tmp_path).load_adapter(tmp_path, "second")
+        load_adapter(base(), tmp_path)
 
 
 def test_an_adapter_of_another_model(trained):

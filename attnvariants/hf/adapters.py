@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from attnvariants.hf.holder import CHILD, AttnVariant
+from attnvariants.hf.penalties import AUTO
 from attnvariants.hf.record import entries_of, read_record, record_of, resolve_names, restore
 from attnvariants.hf.wrappers import is_peft
 from attnvariants.recorded import RECORD
@@ -72,8 +73,11 @@ def save_adapter(model: Any, folder: Any, **kwargs: Any) -> None:
 def begin_adapter(model: Any, tuner: nn.Module) -> None:
     """Have a PeftModel that begins to be built save what its base carries, whoever saves it.
 
-    Warns if its adapter has learned values of variants and the base carries none.
+    Whoever loads an adapter into it is warned if the adapter tells of another base. Warns if its
+    adapter has learned values of variants and the base carries none.
     """
+    if hasattr(type(model), "get_base_model"):
+        model.load_adapter = functools.partial(_load, model)
     if any(CHILD in module._modules for module in tuner.modules()):
         # a wrapper of the instance: other PeftModels save as always
         model.save_pretrained = functools.partial(_save, model)
@@ -98,6 +102,21 @@ def _save(model: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
         where = Path(folder) if adapter == "default" else Path(folder, adapter)
         if where.is_dir():
             (where / SIDECAR).write_text(text, encoding="utf-8")
+
+
+def _load(model: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
+    """`load_adapter` of a PeftModel, which warns if the base is not what the adapter tells."""
+    where = Path(folder, kwargs.get("subfolder") or "")
+    if (where / SIDECAR).is_file():
+        try:
+            _check_modules(model.get_base_model(), _read_sidecar(where), where)
+        except ValueError as error:
+            warnings.warn(
+                f"{error} PEFT loads it all the same, and its outputs are wrong; "
+                "attnvariants.hf.load_adapter(base, folder) patches a plain base first.",
+                stacklevel=3,
+            )
+    return type(model).load_adapter(model, folder, *args, **kwargs)
 
 
 def load_adapter(model: Any, folder: Any, adapter_name: str = "default", **kwargs: Any) -> Any:
@@ -270,15 +289,8 @@ def _check_untold(base: nn.Module, weights: dict[str, list[int]], where: Path) -
 def _check_base(
     base: nn.Module, entries: list[dict[str, Any]], weights: dict[str, list[int]], where: Path
 ) -> None:
-    """Raise ValueError unless the base carries what the adapter was trained with."""
-    have, want = _by_module(entries_of(base, _record)), _by_module(entries)
-    for name in sorted(have.keys() | want.keys()):
-        mine, its = have.get(name), want.get(name)
-        if mine != its:
-            raise ValueError(
-                f"the adapter in {where} was trained with {_say(its)} at {name}, and this base has "
-                f"{_say(mine)}; load it onto the base it was trained on."
-            )
+    """Raise ValueError unless the base carries what the adapter was trained with, and its values."""
+    _check_modules(base, entries, where)
     for entry in entries:
         for name in entry["modules"]:
             holder = _unwrapped(getattr(base.get_submodule(name), CHILD))
@@ -291,6 +303,18 @@ def _check_base(
                         f"{where} was trained with, and the adapter does not bring its own; load "
                         "it onto the base it was trained on."
                     )
+
+
+def _check_modules(base: nn.Module, entries: list[dict[str, Any]], where: Path) -> None:
+    """Raise ValueError unless the base has the variants that the adapter was trained with."""
+    have, want = _by_module(entries_of(base, _record)), _by_module(entries)
+    for name in sorted(have.keys() | want.keys()):
+        mine, its = have.get(name), want.get(name)
+        if mine != its:
+            raise ValueError(
+                f"the adapter in {where} was trained with {_say(its)} at {name}, and this base has "
+                f"{_say(mine)}; load it onto the base it was trained on."
+            )
 
 
 def _check_weights(base: nn.Module, weights: dict[str, list[int]], where: Path) -> None:
@@ -310,7 +334,12 @@ def _check_weights(base: nn.Module, weights: dict[str, list[int]], where: Path) 
 def _by_module(entries: list[dict[str, Any]]) -> dict[str, tuple[Any, ...]]:
     """`module -> what it computes`; not by which engine, nor from which initial values."""
     return {
-        name: (entry["variant"], entry["options"], sorted(entry["learned"]))
+        name: (
+            entry["variant"],
+            entry["options"],
+            sorted(entry["learned"]),
+            entry.get("penalties", AUTO),
+        )
         for entry in entries
         for name in entry["modules"]
     }
@@ -319,7 +348,8 @@ def _by_module(entries: list[dict[str, Any]]) -> dict[str, tuple[Any, ...]]:
 def _say(what: tuple[Any, ...] | None) -> str:
     if what is None:
         return "no variant"
-    variant, options, learned = what
+    variant, options, learned, penalties = what
+    options = options if penalties == AUTO else {**options, "penalties": penalties}
     given = ", ".join(f"{name}={value!r}" for name, value in options.items())
     return f"{variant!r}({', '.join(filter(None, [given, *(f'learned {n}' for n in learned)]))})"
 
