@@ -37,6 +37,8 @@ VARIANTS = (("softpick", "relu"), ("ssmax",), ("sparsemax",))
 _NO_WEIGHT, _BLIND = 1e-20, -50.0
 # No product of a tiny model's queries and keys is as low.
 _NO_SCORE = -4e3
+# Rows that are less than this share of the values are nothing but rounding.
+_NOTHING = 1e-2
 # Rows of a call that are compared.
 _MOST_ROWS = 240
 
@@ -55,9 +57,12 @@ class Absence:
     where: str = ""
     note: str = ""
 
-    def add(self, expected: Tensor, got: Tensor, where: str) -> None:
-        """Compare rows, `[rows, width]`."""
+    def add(self, expected: Tensor, got: Tensor, where: str, values: Tensor | None = None) -> None:
+        """Compare rows, `[rows, width]`, by their size, or that of `values` if they are nothing."""
         size = max(float(expected.abs().max()), 1e-30)
+        if values is not None:
+            # scores that all but cancel make rows of mere rounding
+            size = max(size, _NOTHING * float(values.abs().max()))
         change = float((expected - got.double()).abs().max()) / size
         if self.difference is None or not change <= self.difference:
             self.difference, self.where = change, where
@@ -163,7 +168,8 @@ def _compare_call(
         keys, values = (tensor[batch[:, None], head, shown] for tensor in (key, value))
         more = added[batch, head, rows].gather(-1, shown)
         expected = _cut(query[batch, head, rows].double(), keys, values, more, spec, head, call)
-        found.add(expected, out[batch, rows, head], f"{type(module).__name__}, {spec.variant}")
+        where = f"{type(module).__name__}, {spec.variant}"
+        found.add(expected, out[batch, rows, head], where, values)
 
 
 def _additive(mask: Any, query: Tensor, kv_len: int) -> Tensor | None:

@@ -134,6 +134,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # the tiny sections of its rope sum to half a head
     "hy_v4_vl_text": {"qk_rope_head_dim": lambda s: s.head_dim},
     **{name: {"codebook_dim": _hidden} for name in ("wavtokenizer", "wavtokenizer_encoder")},
+    # as many layers as its cycles go through, for which its cache is made
+    "hrm_text": {"num_layers_per_stack": 1, "H_cycles": 1, "L_cycles": 1, "num_hidden_layers": 2},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 0},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {
