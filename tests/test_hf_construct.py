@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +13,7 @@ from tiny import SMALL
 
 import attnvariants
 from attnvariants import from_pretrained, patch, save_pretrained, unpatch
-from attnvariants.hf import auto_load, patches_of
+from attnvariants.hf import auto_load, construct, patches_of
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
@@ -119,6 +121,43 @@ def test_a_second_model_on_the_same_config_object_is_patched():
     again = transformers.LlamaForCausalLM(model.config).eval()
     again.load_state_dict(model.state_dict())
     assert torch.equal(run(again), expected)
+    assert torch.equal(run(model), expected)
+
+
+def test_a_config_that_models_share_is_not_read_while_one_of_them_is_patched(monkeypatch):
+    model = llama()
+    expected = run(model)
+    begun = threading.Event()
+    restore = construct.restore
+
+    def slowly(model, entries):
+        begun.set()
+        # long enough for the other thread to look at the config
+        time.sleep(0.3)
+        return restore(model, entries)
+
+    monkeypatch.setattr(construct, "restore", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        one = pool.submit(transformers.LlamaForCausalLM, model.config)
+        assert begun.wait(10)
+        other = transformers.LlamaForCausalLM(model.config)
+    for again in (one.result().eval(), other.eval()):
+        again.load_state_dict(model.state_dict())
+        assert torch.equal(run(again), expected)
+    assert torch.equal(run(model), expected)
+
+
+def test_what_interrupts_a_restore_leaves_the_config_as_it_was(monkeypatch):
+    model = llama()
+    expected, before = run(model), str(model.config)
+
+    def interrupted(model, entries):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(construct, "restore", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        transformers.LlamaForCausalLM(model.config)
+    assert str(model.config) == before
     assert torch.equal(run(model), expected)
 
 

@@ -8,6 +8,7 @@ config records when its `post_init` is over: before the weights come, if any do.
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +31,8 @@ from attnvariants.hf.state import ATTRIBUTE, remove, state_of
 from attnvariants.recorded import RECORD
 
 _WHERE = "the config"
+# A config that models share does not name what they compute while one of them is patched by it.
+_changing = threading.RLock()
 
 
 def begin(model: nn.Module) -> None:
@@ -39,14 +42,22 @@ def begin(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel) or is_loading():
         return
     config = model.config
-    if implementation_of(config) in masks.KEYS or config.__dict__.get(RECORD) is not None:
-        model.post_init = functools.partial(_complete, model)  # type: ignore[method-assign]
+    with _changing:
+        asks = implementation_of(config) in masks.KEYS
+        if asks or config.__dict__.get(RECORD) is not None:
+            model.post_init = functools.partial(_complete, model)  # type: ignore[method-assign]
 
 
 def _complete(model: Any) -> None:
     """What `post_init` is while the model is built."""
     del model.__dict__["post_init"]
     model.post_init()
+    with _changing:
+        _settle(model)
+
+
+def _settle(model: Any) -> None:
+    """Restore what the config of a complete model records, or say that it is not."""
     record = model.config.__dict__.get(RECORD)
     parts = [part for part in _models(model) if part is not model]
     restored = [part for part in parts if getattr(state_of(part), "source", None) is not None]
@@ -90,12 +101,14 @@ def _restore(model: Any, record: Any, restored: list[Any]) -> None:
     _name_default(model)
     try:
         restore(model, found)
-    except ValueError as error:
+    except BaseException as error:
         for config, own in before:
             if own is not None:
                 setattr(config, RECORD, own)
         for config, name in named:
             set_implementation(config, name)
+        if not isinstance(error, ValueError):
+            raise
         _leave(model, error)
         return
     getattr(model, ATTRIBUTE).source = record
