@@ -10,7 +10,7 @@ from tiny import SMALL
 
 from attnvariants import from_pretrained, patch, save_pretrained, unpatch
 from attnvariants.diagnostics import diagnose
-from attnvariants.hf import load_adapter, peft_modules_to_save, save_adapter
+from attnvariants.hf import auto_load, load_adapter, peft_modules_to_save, save_adapter
 from attnvariants.hf.state import state_of
 
 transformers = pytest.importorskip("transformers")
@@ -328,6 +328,18 @@ def test_peft_warns_of_an_adapter_on_a_base_without_its_variants(tmp_path):
         warnings.filterwarnings("error", message=".*trained with")
         peft.PeftModel.from_pretrained(right, tmp_path).load_adapter(tmp_path, "second")
         load_adapter(base(), tmp_path)
+
+
+@pytest.mark.parametrize("cls", ["AutoModelForCausalLM", "LlamaForCausalLM"])
+def test_auto_load_refuses_an_adapter_whose_base_is_plain(tmp_path, cls):
+    cls = getattr(transformers, cls)
+    base().save_pretrained(tmp_path / "base")
+    model = cls.from_pretrained(tmp_path / "base")
+    patch(model, "softpick")
+    adapter = tmp_path / "adapter"
+    wrapped(model, modules=()).save_pretrained(adapter)
+    with auto_load(), pytest.raises(ValueError, match=r"trained with 'softpick'.* no variant"):
+        cls.from_pretrained(adapter)
 
 
 def test_an_adapter_of_another_model(trained):

@@ -106,17 +106,25 @@ def _save(model: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
 
 def _load(model: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
     """`load_adapter` of a PeftModel, which warns if the base is not what the adapter tells."""
-    where = Path(folder, kwargs.get("subfolder") or "")
-    if (where / SIDECAR).is_file():
-        try:
-            _check_modules(model.get_base_model(), _read_sidecar(where), where)
-        except ValueError as error:
-            warnings.warn(
-                f"{error} PEFT loads it all the same, and its outputs are wrong; "
-                "attnvariants.hf.load_adapter(base, folder) patches a plain base first.",
-                stacklevel=3,
-            )
+    try:
+        check_told(model.get_base_model(), Path(folder, kwargs.get("subfolder") or ""))
+    except ValueError as error:
+        warnings.warn(
+            f"{error} PEFT loads it all the same, and its outputs are wrong; "
+            "attnvariants.hf.load_adapter(base, folder) patches a plain base first.",
+            stacklevel=3,
+        )
     return type(model).load_adapter(model, folder, *args, **kwargs)
+
+
+def check_told(base: nn.Module, where: Path) -> None:
+    """Hold a base to what the adapter in a folder tells, if there is one that does.
+
+    Raises:
+        ValueError: the base has other variants than the adapter was trained with.
+    """
+    if (where / SIDECAR).is_file():
+        _check_modules(base, _read_sidecar(where), where)
 
 
 def load_adapter(model: Any, folder: Any, adapter_name: str = "default", **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from torch import nn
 
 from attnvariants.engines import check_impl
 from attnvariants.hf import masks
+from attnvariants.hf.adapters import check_told
 from attnvariants.hf.holder import CHILD, AttnVariant
 from attnvariants.hf.names import implementation_of
 from attnvariants.hf.parallel import fills_missing, prepare_tp
@@ -311,10 +312,14 @@ def _load(load: Any, cls: type, args: tuple, kwargs: dict[str, Any]) -> Any:
         kwargs["attn_implementation"] = None
     running = _Load(cls, source, kwargs, *_thread.settings[-1])
     with_info = kwargs.pop("output_loading_info", False)
+    # transformers loads the base of an adapter, and takes the adapter's folder out of these
+    adapter = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path") or source
     _thread.loads.append(running)
     try:
         model, info = load(cls, *args, output_loading_info=True, **kwargs)
         running.finish(model, info)
+        if isinstance(adapter, (str, Path)):
+            check_told(model, Path(adapter))
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         reason = running.explain()
         if reason is None:
