@@ -68,7 +68,7 @@ def _settle(model: Any) -> None:
         _restore(model, record, restored)
     elif not any(part.config is model.config for part in parts):
         # a part that has the same config has said it
-        warnings.warn(plain_reload(model, record), stacklevel=2)
+        warnings.warn(plain_reload(model, record), stacklevel=3)
 
 
 def _asks_for_variants(model: Any, record: Any) -> bool:
