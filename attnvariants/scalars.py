@@ -20,6 +20,10 @@ _LEARN = {
 }
 
 
+# No call has as many keys, and positions plus more would overflow.
+_ENDLESS = 2**62
+
+
 def in_words(value: Any) -> str:
     """`value` as an error names it: arrays by their shapes, all else by what Python prints."""
     if isinstance(value, Tensor) and (value.is_nested or value.numel() != 1):
@@ -28,7 +32,8 @@ def in_words(value: Any) -> str:
     if _is_numpy(value) and value.ndim:
         return f"a numpy array of shape {list(value.shape)} and {value.dtype}"
     text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
+    text = text if len(text) <= 100 else f"{text[:100]}..."
+    return f"{text}, which is beyond 64 bits" if _beyond_64_bits(value) else text
 
 
 def plain(name: str, value: Any) -> Any:
@@ -71,14 +76,21 @@ def _is_numpy(value: Any) -> bool:
 
 def is_real(value: Any) -> bool:
     """Whether it is a number, symbolic ones of a call being compiled included; a bool is none."""
-    if isinstance(value, bool):
+    if isinstance(value, bool) or _beyond_64_bits(value):
         return False
     return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real))
 
 
+def _beyond_64_bits(value: Any) -> bool:
+    """Whether it is an integer of Python that no tensor holds; a symbolic one is none."""
+    if torch.compiler.is_compiling() or not isinstance(value, int):
+        return False
+    return not -(2**63) <= value < 2**63
+
+
 def is_whole(value: Any) -> bool:
     """Whether it is an integer, likewise."""
-    if isinstance(value, bool):
+    if isinstance(value, bool) or _beyond_64_bits(value):
         return False
     return isinstance(value, (int, torch.SymInt, numbers.Integral))
 
@@ -128,7 +140,9 @@ def check_window(window_size: Any) -> tuple[int | None, int | None]:
                 raise ValueError(
                     f"window_size must not be negative (but -1, for unlimited), got {tuple(sizes)}."
                 )
-            left, right = (None if size is None or size == -1 else size for size in sizes)
+            left, right = (
+                None if size is None or size == -1 or size >= _ENDLESS else size for size in sizes
+            )
             return left, right
     raise ValueError(
         "window_size must be two integers (left, right), -1 for unlimited, "

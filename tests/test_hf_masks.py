@@ -323,9 +323,7 @@ def test_packed_outputs_can_be_viewed_as_eager_attention_s():
     module = model.model.layers[0].self_attn
     query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
     bounds = torch.tensor([0, 2, 6], dtype=torch.int32)
-    out, _ = attention_forward(
-        module, query, key, key, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds
-    )
+    out, _ = attention_forward(module, query, key, key, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
     assert out.view(1, 6, -1).shape == (1, 6, 32)
 
 

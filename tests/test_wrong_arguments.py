@@ -1,6 +1,7 @@
 """Every argument of every public call, given every wrong kind of value: one sentence, naming it."""
 
 import inspect
+import sys
 
 import numpy as np
 import pytest
@@ -160,6 +161,28 @@ def test_a_bool_is_no_number(name, yes):
 def test_a_bad_window_is_a_sentence(window):
     with pytest.raises(ValueError, match="window_size must"):
         attention(Q, Q, Q, window_size=window)
+
+
+@pytest.mark.parametrize("variant", list_variants())
+def test_an_integer_beyond_64_bits_is_a_sentence(variant):
+    numeric = [name for name, option in get_variant(variant).options.items() if option.number]
+    for name in (*NUMBERS, *numeric):
+        for huge in (2**70, 10**400):
+            with pytest.raises(ValueError, match=f"{name} must .*beyond 64 bits"):
+                attention(Q, Q, Q, variant, **{name: huge})
+    with pytest.raises(ValueError, match="window_size must be two integers"):
+        attention(Q, Q, Q, variant, window_size=(2**63, 0))
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("variant", list_variants())
+def test_the_largest_window_is_unlimited(variant, impl):
+    widest = sys.maxsize
+    for window, same in (((widest, widest), (-1, -1)), ((widest - 1, 0), (-1, 0)),
+                         ((0, widest), (0, -1))):  # fmt: skip
+        one, other = (attention(Q, Q, Q, variant, impl=impl, window_size=size)
+                      for size in (window, same))  # fmt: skip
+        assert torch.equal(one, other)
 
 
 def mask(*sizes):
