@@ -120,6 +120,28 @@ def test_an_unpatched_model_that_fails_with_a_cache_fails(monkeypatch):
         patch(model, "softpick").verify()
 
 
+@pytest.mark.parametrize("suffix", ["Model", "ForCausalLM"])
+def test_a_part_that_raises_when_asked_for_a_cache_says_so_and_a_generator_fails(
+    suffix, monkeypatch
+):
+    model = make(suffix=suffix)
+    own = type(model).forward
+
+    def forward(self, *args, **kwargs):
+        if kwargs.get("use_cache"):
+            raise KeyError("none here")
+        return own(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(own)
+    monkeypatch.setattr(type(model), "forward", forward)
+    handle = patch(model, "softpick")
+    if suffix == "Model":
+        assert "KeyError: 'none here'" in handle.verify().notes["cache"]
+    else:
+        with pytest.raises(ValueError, match="KeyError: 'none here'"):
+            handle.verify()
+
+
 def test_a_forward_that_hands_everything_on_is_seen_through():
     class Wrapped(transformers.LlamaForCausalLM):
         def forward(self, *args, **kwargs):

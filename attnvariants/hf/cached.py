@@ -186,7 +186,15 @@ def _in_parts(
         and value.shape[2:] == (length, length)
     }
     first |= {key: mask[:, :, :cut, :cut] for key, mask in square.items()}
-    result = run(root, first, use_cache=True)
+    try:
+        result = run(root, first, use_cache=True)
+    except Exception as error:
+        if _generates(root):
+            raise
+        raise InapplicableError(
+            "it does not generate by itself, and raises when it is asked for a cache "
+            f"(use_cache=True): {sentence(error)}"
+        ) from error
     cache = cache_of(result)
     one = per_token(result, cut)
     if cache is None and not (causal or decoder or getattr(root.config, "is_decoder", False)):
