@@ -320,3 +320,18 @@ def test_fake_tensors_leave_no_trace():
         attention(*(torch.randn(1, 1, 6, 4) for _ in range(3)), causal=True)
     q, k, v = leaves((1, 1, 6, 4), (1, 1, 6, 4), (1, 1, 6, 4))
     assert torch.isfinite(attention(q, k, v, causal=True)).all()
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("form", ["x", "minmax0"])
+def test_hidden_keys_take_no_share_of_an_extreme_score_of_0(form, impl):
+    q, k, v = (torch.rand(1, 1, 6, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    k[0, 0, 0] = 0.0
+    shown = torch.arange(6) < 3
+    grads = []
+    for keys, mask in ((k, shown.view(1, 1, 1, 6)), (k[:, :, :3], None)):
+        key = keys.clone().requires_grad_()
+        values = v[:, :, : keys.shape[2]]
+        out = attention(q, key, values, "sa_softmax", attn_mask=mask, form=form, impl=impl)
+        grads.append(torch.autograd.grad(out.square().sum(), key)[0][:, :, :3])
+    torch.testing.assert_close(*grads)

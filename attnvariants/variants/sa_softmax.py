@@ -45,11 +45,13 @@ _EPS = 1e-10
 def ratio(scores, rows, *, form, detach_minmax):
     e, total = exp_ratio(scores)
     # a hidden key's score is -inf and its weight 0: keep their product out of NaN
-    x = scores.masked_fill(scores == -math.inf, 0.0)
+    hidden = scores == -math.inf
+    x = scores.masked_fill(hidden, 0.0)
     if form == "x":
         return x * e, total
-    source = x.detach() if detach_minmax else x
-    low = source.amin(-1, keepdim=True).clamp(max=0)
+    source = scores.detach() if detach_minmax else scores
+    # nor may it share the gradient of a minimum or maximum that happens to be 0
+    low = source.masked_fill(hidden, math.inf).amin(-1, keepdim=True).clamp(max=0)
     high = source.amax(-1, keepdim=True).clamp(min=0)
     width = high - low
     alive = (width > 0) / (width + _EPS)
