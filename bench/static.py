@@ -42,8 +42,7 @@ LIMITS = (
         {"field": "non_mma", "at_most": most, "cell": [cell], "kernel": [kernel], **SM90}
         for cell, kernel, most in (
             ("softmax", "forward", 8.5),
-            # two of them are a difference from 1 that keeps its digits at small scores
-            ("softpick", "forward", 12.5),
+            ("softpick", "forward", 10.5),
             ("lssa", "forward", 14.0),
             ("sa_softmax form=x", "forward", 11.0),
             ("relu", "forward", 4.5),
