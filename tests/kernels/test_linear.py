@@ -211,7 +211,6 @@ def test_bitwise_repeatable(causal):
 
 
 @runs
-@pytest.mark.usefixtures("bfloat16")
 @pytest.mark.parametrize("size", [1e-3, 1.0, 30.0], ids=["small", "usual", "large"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_low_precision_is_as_good_as_plain_torch(dtype, size):
@@ -228,7 +227,6 @@ def test_low_precision_is_as_good_as_plain_torch(dtype, size):
 
 
 @runs
-@pytest.mark.usefixtures("bfloat16")
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_tiles_that_ship(monkeypatch, dtype, causal):
