@@ -297,7 +297,7 @@ def _check_untold(base: nn.Module, weights: dict[str, list[int]], where: Path) -
 def _check_base(
     base: nn.Module, entries: list[dict[str, Any]], weights: dict[str, list[int]], where: Path
 ) -> None:
-    """Raise ValueError unless the base carries the variants the adapter was trained with, and values."""
+    """Raise ValueError unless the base carries the adapter's variants, with their values."""
     _check_modules(base, entries, where)
     for entry in entries:
         for name in entry["modules"]:
