@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tiny import SMALL
+from tiny import SMALL, strong
 
 import attnvariants
 from attnvariants import from_pretrained, patch, save_pretrained, unpatch
@@ -22,15 +22,6 @@ VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CAUSAL = transformers.AutoModelForCausalLM
 TOKENS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))
 guarded = pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4 ignores the guard")
-
-
-def strong(model):
-    """Weights large enough that a variant changes the outputs."""
-    generator = torch.Generator().manual_seed(0)
-    for value in model.parameters():
-        if value.dim() > 1:
-            value.data.normal_(0, 0.3, generator=generator)
-    return model.eval()
 
 
 def llama(variant="ssmax", **options):

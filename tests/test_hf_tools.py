@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import SMALL
+from tiny import SMALL, strong
 
 import attnvariants
 from attnvariants.hf import auto_load, patches_of
@@ -24,14 +24,6 @@ def words():
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
         unk_token="<unk>", model_max_length=64,
     )  # fmt: skip
-
-
-def strong(model):
-    generator = torch.Generator().manual_seed(0)
-    for value in model.parameters():
-        if value.dim() > 1:
-            value.data.normal_(0, 0.3, generator=generator)
-    return model.eval()
 
 
 def test_sentence_transformers_restores_or_refuses(tmp_path):

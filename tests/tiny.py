@@ -1,4 +1,6 @@
-"""Sizes of the tiny models of the patcher's tests."""
+"""The tiny models of the patcher's tests: their sizes, and weights that show a change."""
+
+import torch
 
 SMALL = {
     "vocab_size": 99,
@@ -9,3 +11,12 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+
+
+def strong(model):
+    """Weights large enough that a variant changes the outputs."""
+    generator = torch.Generator().manual_seed(0)
+    for value in model.parameters():
+        if value.dim() > 1:
+            value.data.normal_(0, 0.3, generator=generator)
+    return model.eval()
